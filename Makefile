@@ -1,0 +1,88 @@
+# The tasks of a checkout. The first use of any of them sets up .venv by itself.
+#
+#   make run       start a system on this machine and chat with it; FERMATA_PORT=0 and the like set it up
+#   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
+#   make check     lint, format, types, import directions, contracts and generated code
+#   make fix       repair what lint and format can repair
+#   make bench     measure
+#   make protos    generate the Python code of the protos
+#   make setup     only set up .venv     PYTHON=python3.12, CONSTRAINTS=other.txt
+#
+# TORCH_INDEX=URL takes torch from a further index, where the default one has it with CUDA only.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+TESTS ?= tests
+WORKERS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := services clients/python protos tests infra
+STAMP := $(VENV)/.setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.ONESHELL:
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lint format types imports contracts fix bench protos
+
+help:
+	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
+
+# What was installed is up to date while the files that decide it have the same content, whatever their times.
+setup:
+	@wanted=$$(cat pyproject.toml clients/python/pyproject.toml $(CONSTRAINTS) | sha256sum)
+	if [[ "$$(cat $(STAMP) 2>/dev/null || true)" == "$$wanted $(CURDIR)" ]]; then exit 0; fi
+	if [[ ! -x $(BIN)/python ]]; then
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'setup: needs Python 3.11; give one with PYTHON=' >&2; exit 1; }
+	  echo 'setup: creating $(VENV)' >&2
+	  $(PYTHON) -m venv $(VENV)
+	fi
+	echo 'setup: installing torch and the build tool' >&2
+	$(PIP) install -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
+	echo 'setup: installing fermata-client and fermata-server with what they need' >&2
+	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e clients/python -e '.[dev]'
+	echo "$$wanted $(CURDIR)" > $(STAMP)
+	echo 'setup: done' >&2
+
+run: setup
+	@exec $(BIN)/fermata-server up --chat
+
+test: setup
+	@$(BIN)/python -m pytest -q -m 'not slow' $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
+
+check: lint format types imports contracts
+
+# $(call step,what it looks at,command): one line when it is well, the whole output when it is not.
+define step
+@begin=$$SECONDS; printf 'check: %-44s' '$(1)'; \
+if output=$$($(2) 2>&1); then echo "ok  $$((SECONDS - begin)) s"; else echo 'FAILED'; echo "$$output"; exit 1; fi
+endef
+
+lint: setup
+	$(call step,lint (ruff),$(BIN)/ruff check .)
+
+format: setup
+	$(call step,format (ruff; `make fix` repairs),$(BIN)/ruff format --check .)
+
+types: setup
+	$(call step,types (mypy --strict),$(BIN)/mypy $(SOURCES))
+
+imports: setup
+	$(call step,import directions (import-linter),$(BIN)/lint-imports)
+
+contracts: setup
+	$(call step,protos (buf) and generated code,$(BIN)/python protos/generate.py --check --lint)
+
+fix: setup
+	@$(BIN)/ruff check --fix -q .
+	@$(BIN)/ruff format -q .
+
+bench: setup
+	@$(BIN)/python -m tests.bench
+
+protos: setup
+	@$(BIN)/python protos/generate.py
