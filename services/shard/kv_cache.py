@@ -1,0 +1,94 @@
+"""The keys and values of all sequences, in pages.
+
+A page is a block of `block_size` positions of one sequence; which block belongs to whom is decided by `blocks.py`.
+Within a page each head is contiguous, keys transposed, so that both products of attention read whole matrices.
+Every value in the pool is finite at any time: a page's slots that no position has filled yet are weighted with zero,
+and zero times a value that is not finite would not be zero. `invalidate` keeps that up.
+
+Knows tensors and block numbers; nothing of sequences, prefixes or models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from services.shard.models.config import LlamaConfig
+
+_ITEM_SIZE = 4  # float32
+_SHARE_OF_FREE_MEMORY = 0.25
+_DEFAULT_LIMIT = 1 << 30
+_MOST_SEQUENCES = 64
+
+
+class KeyValueCache:
+    """A pool of pages: `keys[layer]` is float32 [blocks, kv_heads, D, block_size], `values[layer]`
+    [blocks, kv_heads, block_size, D]."""
+
+    def __init__(self, layers: int, block_count: int, block_size: int, kv_heads: int, head_size: int) -> None:
+        # Zeros that nobody has written yet take no memory.
+        self.keys = [torch.zeros(block_count, kv_heads, head_size, block_size) for _ in range(layers)]
+        self.values = [torch.zeros(block_count, kv_heads, block_size, head_size) for _ in range(layers)]
+
+    def write(self, layer: int, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores key and value [R, kv_heads, D] of R positions, given by block and slot (int64 [R])."""
+        self.keys[layer][blocks, :, :, slots] = key
+        self.values[layer][blocks, :, slots] = value
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks (source, target) in all layers; no target is a source or twice a target."""
+        if not copies:
+            return
+        sources, targets = torch.tensor(copies).unbind(1)
+        for pool in (*self.keys, *self.values):
+            pool[targets] = pool[sources]
+
+    def invalidate(self, blocks: Tensor, slots: Tensor) -> None:
+        """Makes positions whose computation was not finite poison their own sequence and nobody else (R22)."""
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[blocks, :, :, slots] = torch.nan
+            values[blocks, :, slots] = 0.0
+
+
+def block_bytes(config: LlamaConfig, block_size: int) -> int:
+    """Memory of one block in all layers."""
+    return 2 * config.layer_count * block_size * config.kv_head_count * config.head_size * _ITEM_SIZE
+
+
+def capacity(config: LlamaConfig, block_size: int, kv_memory: int, free_memory: int) -> int:
+    """Number of blocks in the pool.
+
+    Args:
+        config: of the model.
+        block_size: positions per block.
+        kv_memory: bytes of the pool; 0 takes 25 % of the free memory, at most 1 GiB.
+        free_memory: bytes that nobody uses.
+
+    Raises:
+        ValueError: not even one block fits.
+    """
+    budget = kv_memory or min(int(free_memory * _SHARE_OF_FREE_MEMORY), _DEFAULT_LIMIT)
+    size = block_bytes(config, block_size)
+    if budget < size:
+        raise ValueError(f"kv_memory: {budget} bytes do not hold one block of {size} bytes")
+    return min(budget // size, _MOST_SEQUENCES * -(-config.context_length // block_size))
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process may still take, of the machine and of its control group."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # no control group, or one without a limit ("max")
+    return max(free, 0)

@@ -1,0 +1,174 @@
+"""Models from disk: safetensors files and a `config.json`, in a local folder or from the hub.
+
+Nothing is executed: no pickles, no code of the model's author. Knows no batch and no kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from services.shard.models.config import LlamaConfig
+from services.shard.models.llama import Llama
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_HUB_FILES = ["*.safetensors", "*.json"]
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def find_model(model: str) -> Path:
+    """The folder of a model: a local one, or a snapshot of the hub's, which is downloaded if it is not there yet.
+
+    Raises:
+        ValueError: there is neither a folder nor a model of this name.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"model: no folder {model}")
+    # Importing the hub's client takes a second that local models need not wait.
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"model: neither a folder nor a model that can be downloaded: {model} ({error})") from error
+
+
+def model_name(folder: Path) -> str:
+    """Name of a folder; of a snapshot in the hub's cache (`models--OWNER--NAME/snapshots/REVISION`) `OWNER/NAME`."""
+    folder = folder.resolve()
+    cache = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def load_config(folder: Path) -> LlamaConfig:
+    """Reads `config.json`.
+
+    Raises:
+        ValueError: it is missing, not JSON, or describes what is not served.
+    """
+    return LlamaConfig.from_dict(_read_json(folder, "config.json"))
+
+
+def load_model(folder: Path) -> Llama:
+    """Loads a model in float32.
+
+    Raises:
+        ValueError: a file or tensor is missing, unknown, or of another shape or dtype than the configuration says.
+    """
+    config = load_config(folder)
+    model = Llama(config)
+    views = model.checkpoint_views()
+    loaded: set[str] = set()
+    for name, tensor in _read_tensors(folder):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # older checkpoints store what follows from rope_theta
+        if name in loaded:
+            raise ValueError(f"tensor {name} is there twice")
+        if name == "lm_head.weight" and config.tied_embeddings:
+            _check_tied(tensor, folder)
+            continue
+        if name not in views:
+            raise ValueError(f"tensor {name} is not part of this architecture")
+        if tensor.shape != views[name].shape:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, not {tuple(views[name].shape)}")
+        views[name].copy_(tensor)
+        loaded.add(name)
+    missing = sorted(views.keys() - loaded)
+    if missing:
+        raise ValueError(f"tensor {missing[0]} is missing" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+    return model.requires_grad_(False)
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of the configuration and of all weight files with their names: part of the fingerprint (R20).
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    digest = hashlib.sha256(repr(load_config(folder)).encode())
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """SHA-256 of `tokenizer.json`; empty without one."""
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files, sorted by name: those of the index, or the single one."""
+    names = [SINGLE_FILE]
+    if (folder / INDEX_FILE).exists():
+        weight_map = _read_json(folder, INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+            raise ValueError(f"{INDEX_FILE}: weight_map must give a file of the folder for each tensor")
+        names = sorted(set(weight_map.values()))
+    return [_inside(folder, name) for name in names]
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name == PurePath(name).name and name.endswith(".safetensors")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder. Links may not lead out of it, except to where the hub's cache keeps its files.
+
+    Raises:
+        ValueError: there is no such file, or it is elsewhere.
+    """
+    path, root = (folder / name).resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not path.is_relative_to(root) and not path.is_relative_to(blobs):
+        raise ValueError(f"{name}: leads out of the model's folder")
+    if not path.is_file():
+        raise ValueError(f"{name}: no such file in {folder}")
+    return folder / name
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        values = json.loads(_inside(folder, name).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: an object was expected")
+    return values
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, one at a time."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping, only has this method)
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in _DTYPES:
+                        raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not served")
+                    yield name, tensor
+        except SafetensorError as error:
+            raise ValueError(f"{path.name}: not a safetensors file: {error}") from error
+
+
+def _check_tied(head: Tensor, folder: Path) -> None:
+    """A tied head that is stored all the same must be the embedding; otherwise the configuration is wrong."""
+    for name, tensor in _read_tensors(folder):
+        if name == "model.embed_tokens.weight" and torch.equal(tensor, head):
+            return
+    raise ValueError("tie_word_embeddings: the checkpoint has a head that differs from its embedding")
