@@ -1,0 +1,142 @@
+"""Which choice runs on which shard: placement, attempts, grants, release (R11).
+
+Knows links and generations; not readers, logs or stores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+from services.common.errors import FingerprintMismatch, NoShard
+from services.orchestrator.convert import admit_message
+from services.orchestrator.generation import Generation
+from services.orchestrator.placement import ShardView, choose_shard
+from services.orchestrator.sequence import Sequence
+from services.orchestrator.shards import LinkListener, ShardLink
+
+
+class Admissions:
+    """All admissions of this process.
+
+    Attributes:
+        links: one per shard.
+    """
+
+    def __init__(self, shards: Items[str], listener: LinkListener, *, window: int) -> None:
+        """`window` is how many tokens a shard may run ahead; `listener` is told what the links say."""
+        self.links = [ShardLink(address, listener) for address in shards]
+        self._window = window
+        self._admitted: dict[int, tuple[Generation, Sequence]] = {}
+        self._linked = asyncio.Event()
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a sequence; 0 while no shard was ever seen."""
+        return max((link.context_length for link in self.links), default=0)
+
+    def preferred_link(self, session: str = "") -> ShardLink:
+        """The shard that a session would begin on now.
+
+        Raises:
+            NoShard: none answers.
+        """
+        view = choose_shard(self._views(), session=session, fingerprint=None, exact=False)
+        if view is None:
+            raise NoShard("no shard answers; retry", retry_delay=1.0)
+        return self._link(view.address)
+
+    def linked(self) -> None:
+        """A link became ready."""
+        self._linked.set()
+
+    async def first_link(self, seconds: float) -> bool:
+        """Waits until a shard is linked; False when none is in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._linked.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def admit(self, generation: Generation) -> bool:
+        """Brings every running choice to a shard, from where its log stands.
+
+        Returns:
+            True when the generation runs now on another fingerprint than before (R20). Without any shard nothing
+            happens: it is admitted when a link is ready.
+
+        Raises:
+            FingerprintMismatch: `exact` was asked for, and the shards that answer are different.
+        """
+        running = list(generation.running())
+        if not generation.active or generation.attempts or not running:
+            return False
+        views = self._views()
+        expected = generation.fingerprint or generation.spec.fingerprint
+        view = choose_shard(views, session=generation.name.session, fingerprint=expected, exact=generation.spec.exact)
+        if view is None:
+            if views and generation.spec.exact:
+                raise FingerprintMismatch("no shard has the fingerprint that this generation began on")
+            return False
+        link = self._link(view.address)
+        leader: int | None = None
+        for sequence in running:
+            sequence.granted = sequence.count + self._window
+            message = admit_message(generation, sequence, grant=sequence.granted, fork_of=leader)
+            attempt = link.admit(message)
+            generation.attempts[sequence.choice] = attempt
+            self._admitted[attempt] = (generation, sequence)
+            leader = leader or attempt
+        changed = generation.fingerprint is not None and generation.fingerprint != link.fingerprint
+        generation.link, generation.fingerprint = link, link.fingerprint
+        return changed
+
+    def find(self, attempt: int) -> tuple[Generation, Sequence] | None:
+        """What an attempt stands for; None when it is over."""
+        return self._admitted.get(attempt)
+
+    def ended(self, attempt: int) -> tuple[Generation, Sequence] | None:
+        """Notes that the shard ended an attempt by itself, and tells what it stood for."""
+        admission = self._admitted.pop(attempt, None)
+        if admission is not None:
+            generation, sequence = admission
+            generation.attempts.pop(sequence.choice, None)
+        return admission
+
+    def end(self, generation: Generation, choice: int) -> None:
+        """Frees the shard of one choice."""
+        attempt = generation.attempts.pop(choice, None)
+        if attempt is not None:
+            self._admitted.pop(attempt, None)
+            if generation.link is not None and generation.link.ready:
+                generation.link.release(attempt)
+
+    def release(self, generation: Generation) -> None:
+        """Takes a generation off its shard."""
+        for choice in list(generation.attempts):
+            self.end(generation, choice)
+        generation.link = None
+
+    def renew_grants(self, generation: Generation) -> None:
+        """Lets the shard run on while somebody wants the tokens."""
+        if generation.link is not None:
+            for attempt, count in generation.renewed_grants(self._window):
+                generation.link.grant(attempt, count)
+
+    def broken(self, link: ShardLink, generations: Iterable[Generation]) -> list[Generation]:
+        """Notes that a link is gone with all that was admitted on it; returns whose admissions these were."""
+        orphaned = [generation for generation in generations if generation.link is link]
+        for generation in orphaned:
+            for attempt in generation.attempts.values():
+                self._admitted.pop(attempt, None)
+            generation.attempts.clear()
+            generation.link = None
+        return orphaned
+
+    def _views(self) -> list[ShardView]:
+        return [link.view for link in self.links if link.ready]
+
+    def _link(self, address: str) -> ShardLink:
+        return next(link for link in self.links if link.address == address)
