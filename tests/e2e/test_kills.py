@@ -1,0 +1,159 @@
+"""B4 with real processes and SIGKILL: the reader sees the undisturbed run.
+
+Eight seeded offsets per kind of process. `make faults` runs more of them (`FERMATA_FAULT_OFFSETS`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fermata.aio import AsyncClient
+from fermata.events import Tokens
+from tests.e2e.system import BIN, UpSystem, client, is_running, wait_for
+from tests.history import History, Output, check, check_text
+from tests.pipeline.house import read, undisturbed
+
+pytestmark = pytest.mark.timeout(600)
+
+LENGTH = 64
+OFFSETS = int(os.environ.get("FERMATA_FAULT_OFFSETS", "8"))
+REQUEST: dict[str, Any] = {
+    "token_ids": [20, 30, 40, 50],
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "seed": 11,
+    "n": 3,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.2,
+    "ignore_eos": True,
+    "max_tokens": LENGTH,
+}
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpSystem]:
+    state = tmp_path_factory.mktemp("kills") / "state"
+    with UpSystem(state, "--replicas", "tokenizer=2,orchestrator=2,shard=1") as system:
+        yield system
+
+
+def seeded_offsets(kind: str) -> list[int]:
+    """The same ones in every run."""
+    return sorted(random.Random(kind).sample(range(1, LENGTH), min(OFFSETS, LENGTH - 1)))
+
+
+async def request_with_stop(address: str) -> tuple[dict[str, Any], dict[int, Output]]:
+    """The request with a stop string that choice 0 meets late, and its undisturbed run."""
+    text = (await undisturbed(address, REQUEST))[0].text
+    place = next(place for place in range(len(text) // 2, len(text)) if text.find(text[place : place + 3]) == place)
+    options = REQUEST | {"stop": [text[place : place + 3]]}
+    return options, await undisturbed(address, options)
+
+
+async def killed_at(
+    system: UpSystem, offset: int, kill: Callable[[str], int], options: dict[str, Any]
+) -> tuple[History, str]:
+    """Reads the request; at an offset of any choice something is killed."""
+    history = History()
+    async with AsyncClient(system.address, give_up_after=30.0) as reader:
+        stream = reader.stream(**options)
+        killed: list[int] = []
+
+        async def watch() -> None:
+            while len(stream.token_ids) < offset and not stream.complete:  # noqa: ASYNC110 - the stream tells nobody
+                await asyncio.sleep(0)
+            killed.append(await asyncio.to_thread(kill, stream.session_id))
+
+        watching = asyncio.create_task(watch())
+        await asyncio.wait_for(read(stream, history, "reader"), 60)
+        await watching
+        wait_for(lambda: not is_running(killed[0]), 5, "the kill")
+        return history, stream.generation_id
+
+
+def kill_owner(system: UpSystem, session_id: str) -> int:
+    pid = system.owner_pid(session_id)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+KILLS: dict[str, Callable[[UpSystem, str], int]] = {
+    "orchestrator": kill_owner,
+    "tokenizer": lambda system, session_id: system.kill("tokenizer", 0),
+    "shard": lambda system, session_id: system.kill("shard", 0),
+}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+async def test_a_killed_service(system: UpSystem, kind: str) -> None:
+    options, reference = await request_with_stop(system.address)
+    for number, offset in enumerate(seeded_offsets(kind)):
+        durability = {"durability": "committed"} if number % 2 else {}
+        history, generation = await killed_at(
+            system, offset, lambda session_id: KILLS[kind](system, session_id), options | durability
+        )
+        references = {generation: reference}
+        assert check(history, references) + check_text(history, references) == [], f"{kind} killed at offset {offset}"
+        await asyncio.to_thread(system.wait_whole)
+
+
+def test_a_killed_client_resumes_on_the_command_line(system: UpSystem) -> None:
+    command = ["generate", "hello", "--greedy", "--max-tokens", "200"]
+    reference = client(*command, server=system.address)
+    for offset in seeded_offsets("client"):
+        process = subprocess.Popen(
+            [str(BIN / "fermata"), *command, "--json", "--server", system.address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        generation = process.stderr.readline().split()[1]
+        for _ in range(offset):
+            process.stdout.readline()
+        process.kill()
+        process.communicate()
+        resumed = client("resume", generation, server=system.address)
+        assert (resumed.returncode, resumed.stdout) == (0, reference.stdout), resumed.stderr
+
+
+async def test_everything_is_killed_and_started_again(tmp_path: Path) -> None:
+    with UpSystem(tmp_path / "state") as system:
+        options, reference = await request_with_stop(system.address)
+        history = History()
+        async with AsyncClient(system.address) as reader:
+            stream = reader.stream(**options | {"durability": "committed"})
+            assert not await read(stream, history, "reader", stop_at=20)
+            stream.leave()
+        generation = stream.generation_id
+        for pid in [*system.pids()]:
+            os.kill(pid, signal.SIGKILL)
+        system.stop(signal.SIGKILL)
+    with UpSystem(tmp_path / "state") as system:
+        had: dict[int, list[int]] = {choice: [] for choice in range(3)}
+        for record in history.records:
+            had[record.choice] += record.token_ids
+        async with AsyncClient(system.address) as reader:
+            await read(reader.resume(generation, token_ids=had), history, "reader")
+    references = {generation: reference}
+    assert check(history, references) + check_text(history, references) == []
+
+
+async def test_events_are_spread_over_time(system: UpSystem) -> None:
+    """Streaming streams: the first tokens come long before the last ones."""
+    loop = asyncio.get_running_loop()
+    async with AsyncClient(system.address) as reader:
+        stamps = [loop.time() async for event in reader.stream(**REQUEST) if isinstance(event, Tokens)]
+    assert len(stamps) > LENGTH / 2
+    assert stamps[len(stamps) // 2] - stamps[0] > 0.2 * (stamps[-1] - stamps[0])

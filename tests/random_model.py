@@ -1,0 +1,44 @@
+"""Small models with random weights, written as Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from services.shard.models.config import LlamaConfig
+from services.shard.models.llama import Llama
+
+SMALL = LlamaConfig(
+    vocabulary_size=211,
+    hidden_size=48,
+    intermediate_size=100,
+    layer_count=2,
+    head_count=4,
+    kv_head_count=2,
+    head_size=16,
+    context_length=512,
+)
+
+
+def random_model(config: LlamaConfig = SMALL, seed: int = 1) -> Llama:
+    """A model whose attention is neither flat nor peaked and whose norms are not all one."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Llama(config).initialise(generator)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        else:
+            parameter.data.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def write_model(folder: Path, model: Llama, **changes: Any) -> Path:
+    """Writes a checkpoint; `changes` are fields of its `config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.to_checkpoint(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), **changes}))
+    return folder

@@ -1,0 +1,218 @@
+"""The corpus, the trainer and the folder of the built-in model."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from infra.models.tiny import batches, corpus, curve, recipe, tokenizer, train
+from services.common.vocabulary import Vocabulary
+from services.shard.kernels.dense import DenseOperations
+from services.shard.runner import Runner
+from services.shard.scheduler import Batch, Chunk
+from services.shard.weights import load_config, load_model
+
+BUILT_IN = tokenizer.FOLDER
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a quick run from the command line."""
+    work = tmp_path_factory.mktemp("quick")
+    train.main(["--work", str(work), "--quick"])
+    return work
+
+
+# --- corpus
+
+
+def test_a_seed_is_a_stream() -> None:
+    first, again, other = (list(islice(corpus.training(seed), 300)) for seed in (7, 7, 8))
+    assert first == again
+    assert first != other
+
+
+def test_held_out_is_never_trained_on() -> None:
+    """Even between seeds whose streams have conversations in common."""
+    trained = set(islice(corpus.training(1), 6000))
+    assert len(trained & set(islice(corpus.training(2), 6000))) > 10
+    held_out = list(islice(corpus.held_out(2), 200))
+    assert not trained & set(held_out)
+    assert not any(conversation.held_out for conversation in trained)
+
+
+def test_copy_rows_count_exactly_the_copies() -> None:
+    for token_ids, counted in islice(corpus.copy_rows(3, 512, separator=2, length=400), 20):
+        problem: list[int] = []
+        copy: list[int] = []
+        for token_id, is_copy in zip(token_ids, counted, strict=True):
+            if not is_copy and copy:
+                assert copy == problem
+                problem, copy = [], []
+            (copy if is_copy else problem).append(token_id)
+        assert copy == problem[: len(copy)]
+
+
+def test_everybody_is_asked_about() -> None:
+    """The mix has what the model is meant to do."""
+    said = "\n".join(message.content for item in islice(corpus.training(4), 3000) for message in item.messages)
+    for expected in (
+        "story about",
+        "Count to",
+        "What is the capital of",
+        "I don't know",
+        "Repeat",
+        "Spell",
+        "Nice to meet",
+    ):
+        assert expected in said
+
+
+# --- batches
+
+
+def test_only_the_assistant_is_learned() -> None:
+    vocabulary = tokenizer.load()
+    encoder = tokenizer.ConversationEncoder(vocabulary)
+    for conversation in islice(corpus.training(5), 200):
+        token_ids, written = encoder.encode(conversation)
+        learned = vocabulary.decode(
+            [token_id for token_id, counted in zip(token_ids, written, strict=True) if counted],
+            skip_special_tokens=False,
+        )
+        if conversation.messages[0].role == "text":
+            assert learned == conversation.messages[0].content + tokenizer.END_OF_TEXT
+        else:
+            answers = [message.content for message in conversation.messages if message.role == "assistant"]
+            assert learned == "".join(answer + tokenizer.TURN_END for answer in answers)
+
+
+def test_targets_are_the_following_ids() -> None:
+    source = batches.BatchSource(tokenizer.ConversationEncoder(tokenizer.load()), tokenizer.VOCABULARY_SIZE, seed=1)
+    batch = source.batch(0, rows=4, length=200, copy_share=0.5)
+    following, targets = batch.token_ids[:, 1:], batch.targets[:, :-1]
+    counted = targets != batches.NOT_COUNTED
+    assert 0.1 < counted.float().mean() < 0.9
+    assert torch.equal(targets[counted], following[counted])
+    assert torch.equal(source.batch(0, 4, 200, 0.5).token_ids, batch.token_ids)
+    assert not torch.equal(source.batch(1, 4, 200, 0.5).token_ids, batch.token_ids)
+
+
+def test_conversations_are_rendered_as_the_template_does() -> None:
+    reference = AutoTokenizer.from_pretrained(BUILT_IN)
+    encoder = tokenizer.ConversationEncoder(tokenizer.load())
+    for conversation in islice(corpus.training(6), 200):
+        if conversation.messages[0].role == "text":
+            continue
+        messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+        rendered = str(reference.apply_chat_template(messages, tokenize=False))
+        assert tokenizer.render(conversation) == rendered + tokenizer.END_OF_TEXT
+        assert encoder.encode(conversation)[0][:-1] == reference(rendered)["input_ids"]
+
+
+# --- training
+
+
+def test_the_learning_rate_rises_once_and_falls_to_zero() -> None:
+    plan = recipe.full(0.1)
+    rates = [plan.rate(index, step) for index, phase in enumerate(plan.phases) for step in range(phase.steps)
+             if not phase.only_copies]  # fmt: skip
+    peak = rates.index(max(rates))
+    assert 0 < peak < 100
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < plan.learning_rate / 50
+
+
+def test_quick_training_lowers_the_loss(quick_run: Path) -> None:
+    figures = json.loads((quick_run / "model" / "training.json").read_text())
+    assert figures["last_loss"] < figures["first_loss"] - 0.5
+    untrained = train.Trainer(recipe.quick(), _quick_source(quick_run), quick_run).held_out_perplexity()
+    assert figures["held_out_perplexity"] < untrained / 2
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(quick_run: Path, tmp_path: Path) -> None:
+    class Killed(train.Trainer):
+        def save(self) -> None:
+            super().save()
+            if (self.progress.phase, self.progress.step) == (1, 35):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Killed(recipe.quick(), _quick_source(quick_run), tmp_path).run()
+    second = train.Trainer(recipe.quick(), _quick_source(quick_run), tmp_path)
+    assert second.resume()
+    assert (second.progress.phase, second.progress.step) == (1, 35)
+    second.run()
+    straight = train.Trainer(recipe.quick(), _quick_source(quick_run), quick_run)
+    assert straight.resume()
+    for name, parameter in straight.model.named_parameters():
+        assert torch.equal(parameter, dict(second.model.named_parameters())[name])
+
+
+def test_the_curve_is_a_picture(quick_run: Path) -> None:
+    drawn = (quick_run / "model" / "loss_curve.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    root = ElementTree.fromstring(curve.draw([(10, 4.0), (20, 2.0), (30, 1.0)], [(30, 2.5)]))
+    line = root.findall("{*}polyline")[0].attrib["points"].split()
+    heights = [float(point.split(",")[1]) for point in line]
+    assert len(heights) == 3
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)  # the axis is logarithmic
+
+
+# --- the exported folder
+
+
+@pytest.mark.parametrize("which", ["quick", "built-in"])
+def test_transformers_and_the_serving_code_agree(which: str, quick_run: Path) -> None:
+    folder = quick_run / "model" if which == "quick" else BUILT_IN
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)
+    token_ids = torch.randint(model.config.vocabulary_size, (150,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+        operations = DenseOperations()
+        dense = model.logits(model(token_ids, torch.arange(len(token_ids)), operations), operations)
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4)
+    runner = Runner(folder, block_size=64, kv_memory=1 << 22, threads=1)
+    served = runner.forward(Batch([Chunk(0, token_ids.tolist(), [0, 1, 2], draws=True)], []))
+    torch.testing.assert_close(served[0], expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_built_in_folder_is_small_and_whole() -> None:
+    config = load_config(BUILT_IN)
+    assert config.context_length >= 1024
+    assert (BUILT_IN / "model.safetensors").stat().st_size <= 12e6
+    assert sum(parameter.numel() for parameter in load_model(BUILT_IN).parameters()) <= 5_000_000
+    reference = AutoTokenizer.from_pretrained(BUILT_IN)
+    assert len(reference) == config.vocabulary_size
+    assert (reference.eos_token, reference.bos_token) == (tokenizer.TURN_END, tokenizer.END_OF_TEXT)
+    generation = json.loads((BUILT_IN / "generation_config.json").read_text())
+    assert reference.eos_token_id in generation["eos_token_id"]
+    assert json.loads((BUILT_IN / "config.json").read_text())["eos_token_id"] == reference.eos_token_id
+
+
+def test_digits_are_single_tokens_and_all_bytes_come_back() -> None:
+    vocabulary = tokenizer.load()
+    assert vocabulary.encode("2024").tokens == ["2", "0", "2", "4"]
+    text = "".join(map(chr, range(1, 0x250))) + "the café, 12 🙂 日本語\n\t end"
+    token_ids = vocabulary.encode(text).ids
+    assert vocabulary.decode(token_ids, skip_special_tokens=False) == text
+    assert Vocabulary.from_tokenizer(vocabulary).decode(token_ids) == text
+
+
+def _quick_source(quick_run: Path) -> batches.BatchSource:
+    plan = recipe.quick()
+    encoder = tokenizer.ConversationEncoder(tokenizer.load(quick_run / "model"))
+    return batches.BatchSource(encoder, plan.model.vocabulary_size, plan.seed)
