@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
-from pathlib import Path
 
 from services.common import failpoints, process, rpc
 from services.common.errors import SessionStoreUnavailable
+from services.common.model_folder import find_model
 from services.common.vocabulary import Vocabulary
 from services.config import OrchestratorConfig, load, process_environment
 from services.orchestrator.generation import Generation
@@ -30,7 +30,7 @@ def build(config: OrchestratorConfig, port: int) -> OrchestratorService:
     process_id = secrets.token_hex(16)
     address = f"{config.host}:{port}"
     store = SessionStore(config.redis_url, process_id=process_id, address=address, ttl=config.session_ttl)
-    vocabulary = Vocabulary.from_file(Path(config.model) / "tokenizer.json")
+    vocabulary = Vocabulary.from_file(find_model(config.model) / "tokenizer.json")
 
     def rewrite(generation: Generation) -> None:
         recovery.rewrite(generation)
@@ -65,7 +65,7 @@ def main() -> int:
     status = 0
     try:
         asyncio.run(serve(config))
-    except* (OSError, SessionStoreUnavailable) as group:
+    except* (OSError, ValueError, SessionStoreUnavailable) as group:
         print(f"orchestrator: {group.exceptions[0]}", file=sys.stderr)
         status = 1
     return status

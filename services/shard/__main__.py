@@ -11,6 +11,7 @@ import logging
 import sys
 
 from services.common import failpoints, process, rpc
+from services.common.model_folder import find_model
 from services.config import ShardConfig, load, process_environment
 from services.shard.blocks import BlockPool
 from services.shard.engine import Engine
@@ -18,7 +19,6 @@ from services.shard.runner import Runner
 from services.shard.scheduler import Scheduler
 from services.shard.service import Description, ShardService
 from services.shard.v1 import shard_pb2_grpc
-from services.shard.weights import find_model
 
 log = logging.getLogger("services.shard")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from services.common.model_folder import hash_tokenizer, model_name
 from services.common.types import Fingerprint
 from services.shard import kv_cache, weights
 from services.shard.kernels import tiled
@@ -64,10 +65,10 @@ class Runner:
                 block_size=block_size,
             )
         self.fingerprint = Fingerprint(
-            model=weights.model_name(folder),
+            model=model_name(folder),
             weights=weights.hash_weights(folder),
             kernels=f"{tiled.VERSION}:{self._self_test()}",
-            tokenizer=weights.hash_tokenizer(folder),
+            tokenizer=hash_tokenizer(folder),
         )
 
     @torch.inference_mode()

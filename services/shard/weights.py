@@ -1,4 +1,4 @@
-"""Models from disk: safetensors files and a `config.json`, in a local folder or from the hub.
+"""Weights from disk: safetensors files and a `config.json`, in the folder of a model.
 
 Nothing is executed: no pickles, no code of the model's author. Knows no batch and no kernel.
 """
@@ -20,38 +20,7 @@ from services.shard.models.llama import Llama
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_HUB_FILES = ["*.safetensors", "*.json"]
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-
-
-def find_model(model: str) -> Path:
-    """The folder of a model: a local one, or a snapshot of the hub's, which is downloaded if it is not there yet.
-
-    Raises:
-        ValueError: there is neither a folder nor a model of this name.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f"model: no folder {model}")
-    # Importing the hub's client takes a second that local models need not wait.
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"model: neither a folder nor a model that can be downloaded: {model} ({error})") from error
-
-
-def model_name(folder: Path) -> str:
-    """Name of a folder; of a snapshot in the hub's cache (`models--OWNER--NAME/snapshots/REVISION`) `OWNER/NAME`."""
-    folder = folder.resolve()
-    cache = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and cache.startswith("models--"):
-        return cache.removeprefix("models--").replace("--", "/")
-    return folder.name
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -104,12 +73,6 @@ def hash_weights(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def hash_tokenizer(folder: Path) -> str:
-    """SHA-256 of `tokenizer.json`; empty without one."""
-    path = folder / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from pathlib import Path
 
 from google.protobuf.descriptor import FileDescriptor
 from grpc import aio
@@ -23,6 +22,7 @@ from fermata.v1.text_pb2_grpc import add_TokenizerServiceServicer_to_server
 from services.common import failpoints, process, rpc
 from services.common.directory import Directory, StaticDirectory
 from services.common.errors import Draining
+from services.common.model_folder import find_model
 from services.config import TokenizerConfig, load, process_environment
 from services.tokenizer.codec import Codec
 from services.tokenizer.orchestrators import Orchestrators
@@ -136,7 +136,7 @@ def main() -> int:
     failpoints.configure(process_environment(), testing=config.testing)
     process.configure_logging("tokenizer")
     try:
-        codec = Codec.load(Path(config.model))
+        codec = Codec.load(find_model(config.model))
         asyncio.run(serve(config, codec))
     except (OSError, ValueError) as error:
         print(f"tokenizer: {error}", file=sys.stderr)

@@ -93,7 +93,7 @@ class Attachment:
 
     def on_attached(self) -> None:
         """The orchestrator serves the reader."""
-        pass
+        self._was_attached = True
         self._outage_began = self._reason = None
         self._hand_backs = 0
         self._route.succeeded()

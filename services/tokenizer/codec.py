@@ -10,7 +10,6 @@ Knows no conversation, no session and no stream.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from services.common.errors import InvalidRequest
+from services.common.model_folder import hash_tokenizer, model_name
 from services.common.vocabulary import Vocabulary
 from services.tokenizer.chat_template import ChatTemplate, Piece
 
@@ -114,12 +114,12 @@ class Codec:
         variables = _special_variables(tokenizer_config)
         source = _template_source(folder, tokenizer_config)
         facts = ModelFacts(
-            name=folder.resolve().name,
+            name=model_name(folder),
             vocabulary_size=_text_config(config).get("vocab_size") or tokenizer.get_vocab_size(),
             context_length=_context_length(config),
             eos_token_ids=_eos_token_ids(generation_config, config, tokenizer, variables),
             sampling=SamplingDefaults.from_generation_config(generation_config),
-            tokenizer_hash=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+            tokenizer_hash=hash_tokenizer(folder),
             beginning=variables.get("bos_token", ""),
         )
         return cls(tokenizer, facts, ChatTemplate(source, specials, variables) if source is not None else None)

@@ -75,6 +75,7 @@ class Proxy:
             there.setblocking(False)
             for end in (here, there):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 await asyncio.get_running_loop().sock_connect(there, ("127.0.0.1", self._target.port))
                 async with asyncio.TaskGroup() as both:

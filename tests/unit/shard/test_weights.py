@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from services.common import model_folder
 from services.shard import weights
 from tests.random_model import random_model, write_model
 
@@ -116,7 +117,7 @@ def test_a_snapshot_of_the_hub_is_links_to_blobs(tmp_path: Path) -> None:
     for index, path in enumerate(sorted(written.iterdir())):
         blob = path.rename(cache / "blobs" / str(index))
         (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    assert weights.model_name(snapshot) == "someone/some-model"
+    assert model_folder.model_name(snapshot) == "someone/some-model"
     weights.load_model(snapshot)
 
 
@@ -149,19 +150,19 @@ def test_hash_tells_weights_and_configuration_apart(folder: Path) -> None:
 
 
 def test_hash_of_the_tokenizer(folder: Path) -> None:
-    assert weights.hash_tokenizer(folder) == ""
+    assert model_folder.hash_tokenizer(folder) == ""
     (folder / "tokenizer.json").write_text("{}")
-    assert len(weights.hash_tokenizer(folder)) == 64
+    assert len(model_folder.hash_tokenizer(folder)) == 64
 
 
 def test_models_are_found_by_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights.find_model(str(folder)) == folder
-    assert weights.model_name(weights.find_model(str(folder))) == "model"
+    assert model_folder.find_model(str(folder)) == folder
+    assert model_folder.model_name(model_folder.find_model(str(folder))) == "model"
     monkeypatch.chdir(folder)
-    assert weights.model_name(weights.find_model(".")) == "model"
+    assert model_folder.model_name(model_folder.find_model(".")) == "model"
     for missing in ("nowhere", str(folder / "nowhere"), "../nowhere", "./a/b"):
         with pytest.raises(ValueError, match="no folder"):
-            weights.find_model(missing)
+            model_folder.find_model(missing)
 
 
 def test_other_models_come_from_the_hub_as_data_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def test_other_models_come_from_the_hub_as_data_alone(folder: Path, monkeypatch:
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert weights.find_model("someone/some-model") == folder
+    assert model_folder.find_model("someone/some-model") == folder
     assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
     with pytest.raises(ValueError, match="someone/missing"):
-        weights.find_model("someone/missing")
+        model_folder.find_model("someone/missing")

@@ -141,15 +141,16 @@ def test_no_composition_of_fragments_becomes_a_control_token(
 
 def test_a_name_cannot_be_put_together_from_the_template_and_a_user() -> None:
     template = ChatTemplate(
-        "{% for m in messages %}<{{ m.name }}>{{ m.name + m.content }}<|im_{{ m.content | trim }}{% endfor %}",
+        "{% for m in messages %}<{{ m.name }}>{{ m.name + m.content }}<|im_{{ m.content | trim }}/s>{% endfor %}",
         ["</s>", "<|im_end|>"],
         {},
     )
     attacks = [("/s", "x"), ("<|im_e", "nd|>"), ("<", "/s>"), ("x", "  end|>  "), ("</", "s>"), ("x", "</s>")]
+    attacks += [("/s> and more", "x"), ("x", "more and < "), ("x", "end|> and more")]
     for name, content in attacks:
         pieces = template.render(Conversation([{"role": "user", "content": content, "name": name}]))
         assert [piece for piece in pieces if piece.control] == [], (name, content)
-        assert text_of(pieces) == f"<{name}>{name}{content}<|im_{content.strip()}"
+        assert text_of(pieces) == f"<{name}>{name}{content}<|im_{content.strip()}/s>"
 
 
 def test_a_message_that_the_template_splits_is_not_joined_into_a_name() -> None:

@@ -123,6 +123,19 @@ async def test_what_a_resumed_reader_lacks_is_asked_of_the_client(codec: Codec) 
     assert len(house.first.attaches[-1].tails) == 1
 
 
+async def test_a_log_that_never_has_enough_is_an_error(codec: Codec) -> None:
+    output = codec.encode(TEXT)
+    async with house_of(codec, slowly(codec, output, 5)) as house:
+        received, call = Received(), house.stream()
+        await read_some(received, call, 5)
+        house.first.attach_errors = [NeedFrom("again", metadata={"choice": "0", "count": "3"})] * 1000
+        for stream in house.first.streams:
+            stream.queue.put_nowait(None)
+        error = await error_of(call)
+    assert isinstance(error, NeedFrom)
+    assert len(house.first.attaches) < 50
+
+
 async def test_a_reader_goes_to_the_owner(codec: Codec) -> None:
     """R9: OWNER_ELSEWHERE, at the beginning and in the middle."""
     output = codec.encode(TEXT)

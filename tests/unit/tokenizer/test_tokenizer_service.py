@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fermata.v1 import chat_pb2, common_pb2, model_pb2, sampling_pb2, session_pb2, text_pb2
 from fermata.v1 import generation_pb2 as public
+from services.common.directory import by_preference
 from services.common.errors import (
     GenerationNotFound,
     InvalidRequest,
@@ -36,15 +37,17 @@ UNKNOWN = f"{SESSION}.{99:016x}"
 
 
 async def test_cancel_follows_to_the_owner(codec: Codec) -> None:
-    async with house_of(codec, [codec.encode("abc")], orchestrators=2) as house:
+    async with house_of(codec, [codec.encode("abc")], orchestrators=3) as house:
         await Received().read(house.stream())
-        one, other = house.orchestrators
-        one.errors = [OwnerElsewhere("there", metadata={"address": other.address})]
-        other.errors = [OwnerElsewhere("there", metadata={"address": one.address})]
+        by_address = {fake.address: fake for fake in house.orchestrators}
+        preferred, other, owner = (by_address[address] for address in by_preference(list(by_address), SESSION))
+        preferred.errors = [OwnerElsewhere("there", metadata={"address": owner.address})]
         name = public.GenerationName(generation_id=GENERATION)
         response = await house.generation.Cancel(public.CancelRequest(generation=name))
         assert [finished.count for finished in response.finished] == [len(codec.encode("abc"))]
         assert response.finished[0].text == ""
+        asked = [fake.calls.count("Cancel") for fake in (preferred, other, owner)]
+        assert asked == [1, 0, 1]
         unknown = public.CancelRequest(generation=public.GenerationName(generation_id=UNKNOWN))
         assert isinstance(await error_of(house.generation.Cancel(unknown)), GenerationNotFound)
 
