@@ -176,6 +176,6 @@ def test_other_models_come_from_the_hub_as_data_alone(folder: Path, monkeypatch:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert model_folder.find_model("someone/some-model") == folder
-    assert asked == [("someone/some-model", ["*.safetensors", "*.json"])]
+    assert asked == [("someone/some-model", ["*.safetensors", "*.json", "*.jinja"])]
     with pytest.raises(ValueError, match="someone/missing"):
         model_folder.find_model("someone/missing")
