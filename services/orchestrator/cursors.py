@@ -50,8 +50,7 @@ def match_cursors(generation: Generation, cursors: Items[Cursor], tails: Items[T
     # Only now, when every cursor fits, is anything changed.
     for sequence, token_ids in missing:
         for token_id in token_ids:
-            if sequence.append(token_id) is not None:
-                break
+            sequence.append(token_id)
     return Matched(counts, [sequence for sequence, _ in missing])
 
 
@@ -67,6 +66,8 @@ def _missing_ids(generation: Generation, sequence: Sequence, cursor: Cursor, tai
     missing = sequence.accepts_tail(tail.first_offset, tail.token_ids, cursor.count, cursor.running_hash)
     if missing is None:
         raise _diverged(sequence)
+    if not sequence.takes(missing):
+        raise CursorOutOfRange(f"choice {cursor.choice} ends before {cursor.count} tokens", metadata=facts)
     return missing
 
 

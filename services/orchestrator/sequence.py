@@ -58,6 +58,7 @@ class Sequence:
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self._rules = rules
+        self._context_length = context_length
         self._stop_token_ids = frozenset(rules.token_ids)
         self._table = table
         self._matcher = StopMatcher([stop.encode() for stop in rules.strings])
@@ -142,6 +143,18 @@ class Sequence:
         self.durable_count = self.count
         if ending is not None:
             self.ending, self.ending_stored, self.cached_tokens = ending, True, ending.cached_tokens
+
+    def takes(self, token_ids: Ids[int]) -> bool:
+        """Whether all of these can follow: the choice does not end before the last of them."""
+        probe = Sequence(
+            self.choice, self.position, self._rules, table=self._table, context_length=self._context_length
+        )
+        probe.restore(self.token_ids, None)
+        for token_id in token_ids:
+            if probe.ending is not None:
+                return False
+            probe.append(token_id)
+        return True
 
     def accepts_tail(self, first_offset: int, tail: Ids[int], count: int, running_hash: bytes) -> list[int] | None:
         """What a reader's tail adds to the log, or None when both together do not give the reader's hash (R16)."""

@@ -264,7 +264,7 @@ class _ControlNames:
         start = text.index(core)
         end = start + len(core)
         reach = range(1, min(self._longest, len(core) + 1))
-        if (
+        if any(core[:length] in self._ends for length in reach) or (
             whole and len(core) < self._longest and any(core in name for name in self._names)
         ):
             places.add(start)

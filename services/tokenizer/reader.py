@@ -93,6 +93,7 @@ class Reader:
         self._choices = _readings(target)
         self._hand_backs: dict[int, int] = {}
         self._opened: orchestrator_pb2.Opened | None = None
+        self._unfinished = -1  # choices whose end was not told; unknown until attached
         self._announce = False
         self._final_only = False
         self._events_of: dict[int, TokensEvent[Any]] = {}
@@ -131,7 +132,7 @@ class Reader:
         while not self._news:
             if self._left:  # ended from outside: its status is on the way
                 return False
-            if self._opened is not None and len(self._choices) == self._opened.spec.n and self._all_finished():
+            if self._unfinished == 0:
                 return False
             if self._failure is not None:
                 raise self._failure
@@ -170,6 +171,7 @@ class Reader:
             if terminal is not None:
                 text = reading.take(self._face.vocabulary).text if self._final_only else ""
                 text += reading.finish(terminal.cut_bytes)
+                self._unfinished -= 1
                 response = kind()
                 events.write_finished(response.event.finished, terminal, text)
                 responses.append(response)
@@ -202,6 +204,7 @@ class Reader:
                     top_logprobs=map(events.top_logprobs, delta.top_logprobs),
                 )
                 events.write_finished(choice.finished, terminal)
+            self._unfinished -= len(self._terminals)
             self._terminals.clear()
         whole.choices.extend(choices[index] for index in sorted(choices))
         return whole
@@ -210,9 +213,6 @@ class Reader:
         assert self._opened is not None  # announced means opened
         eos_token_ids, endpoints = self._face.eos_token_ids, self._face.endpoints
         events.write_started(started, self._opened, eos_token_ids=eos_token_ids, endpoints=endpoints)
-
-    def _all_finished(self) -> bool:
-        return all(reading.finished for reading in self._choices.values())
 
     # --- what links say ----------------------------------------------------------------------------------------
 
@@ -223,9 +223,10 @@ class Reader:
         previous, opened = self._opened, attached.opened
         self._opened = opened
         self._final_only = opened.spec.output.final_only
-        for index in range(opened.spec.n):
-            if index not in self._choices:
-                self._choices[index] = ChoiceReading(index)
+        if previous is None:
+            self._unfinished = opened.spec.n
+            for index in range(opened.spec.n):
+                self._choices.setdefault(index, ChoiceReading(index))
         for start in attached.choices:
             reading = self._choices.get(start.choice)
             if reading is not None and not reading.begun:

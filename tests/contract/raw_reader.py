@@ -76,6 +76,7 @@ class RawReader:
         answers: reasons of the calls that failed.
         spoke: the address of each call.
         durable: the last durable_count, by choice.
+        endpoints: as the server told last.
     """
 
     def __init__(

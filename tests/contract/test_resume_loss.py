@@ -96,6 +96,8 @@ async def test_what_a_reader_can_give_back(house: House, kept: str) -> None:
             if kept == "everything":  # the tail completes it: only the end is left to tell
                 assert (await call.read()).event.finished.count == LENGTH
                 assert await call.read() is aio.EOF
+            again: Any = GenerationServiceStub(channel).Resume(request)  # a tail that is not needed any more
+            assert (await again.read()).event.WhichOneof("event") == "started"
         reader.choices[0].append(had)
     await reader.read()
     assert reader.answers == []

@@ -51,8 +51,8 @@ async def test_the_hashes_that_the_page_gives() -> None:
 
 
 async def test_a_stream_is_what_generate_returns(house: House) -> None:
-    """R2, R7, R16, R18: three choices, one of which meets a stop string that is held back and never shown."""
-    request = await with_stop_string(house, new_request(n=3))
+    """R2, R7, R16, R18: three choices, events in their order."""
+    request = new_request(n=3)
     expected = await undisturbed(house, request)
     reader = await RawReader(house.address, request=own_ids(request)).read()
     same(reader, expected)
@@ -60,6 +60,23 @@ async def test_a_stream_is_what_generate_returns(house: House) -> None:
     assert (reader.events.count("started"), reader.events.count("finished")) == (1, 3)
     assert reader.endpoints == [f"127.0.0.1:{house.ports[f'tokenizer {index}']}" for index in range(2)]
     assert reader.spoke == [house.address]
+
+
+async def test_a_stop_string_is_never_shown(house: House) -> None:
+    """R2, R3: the text goes up to the stop string, the log up to the token that completes it."""
+    whole = (await undisturbed(house, new_request(n=3))).choices[0]
+    request = await with_stop_string(house, new_request(n=3))
+    stop = request.stop.strings[0]
+    reader = await RawReader(house.address, request=own_ids(request)).read()
+    choice = reader.choices[0]
+    assert choice.text == whole.text[: whole.text.index(stop)]
+    assert choice.finished is not None
+    assert choice.finished.stop_string == stop
+    async with aio.insecure_channel(house.address) as channel:
+        texts = TokenizerServiceStub(channel)
+        ids = [common_pb2.TokenIds(ids=whole.token_ids[:count]) for count in (choice.count - 1, choice.count)]
+        said = [(await texts.Detokenize(text_pb2.DetokenizeRequest(token_ids=given))).text for given in ids]
+    assert [stop in text for text in said] == [False, True]
 
 
 async def test_interrupted_at_random_cursors(house: House) -> None:

@@ -7,6 +7,7 @@ Knows channels, dials and unary calls. Who goes where, and when, is decided in `
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -121,11 +122,10 @@ class Links:
         """Makes a unary call that may be repeated, and repeats it over a broken link.
 
         Raises:
-            DeadlineExceeded: `timeout` seconds passed, `give_up_after` when it is None.
+            DeadlineExceeded: `timeout` seconds passed; without it, one attempt took longer than `give_up_after`.
             FermataError: what the server said.
         """
-        timeout = self.give_up_after if timeout is None else timeout
-        deadline = time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
             async with asyncio.timeout(timeout):
                 return await self._call(method, request, deadline)
@@ -142,7 +142,8 @@ class Links:
                 try:
                     if link is None:
                         link = await self.race(candidates(self.home, self.known, failed))
-                    return await method(link)(request, timeout=max(0.0, deadline - time.monotonic()))
+                    limit = min(self.give_up_after, max(0.0, deadline - time.monotonic()))
+                    return await method(link)(request, timeout=limit)
                 except aio.AioRpcError as rpc_error:
                     error = from_rpc_error(rpc_error)
                 except Unavailable as unreachable:

@@ -138,10 +138,10 @@ class Links:
         """Makes a unary call that may be repeated, and repeats it over a broken link.
 
         Raises:
-            DeadlineExceeded: `timeout` seconds passed, `give_up_after` when it is None.
+            DeadlineExceeded: `timeout` seconds passed; without it, one attempt took longer than `give_up_after`.
             FermataError: what the server said.
         """
-        deadline = time.monotonic() + (self.give_up_after if timeout is None else timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         recovery = Recovery(self.give_up_after)
         link: Link | None = self.hold()
         failed = ""
@@ -151,7 +151,8 @@ class Links:
                 try:
                     if link is None:
                         link = self.race(candidates(self.home, self.known, failed), deadline=deadline)
-                    return method(link)(request, timeout=max(0.0, deadline - time.monotonic()))
+                    limit = min(self.give_up_after, max(0.0, deadline - time.monotonic()))
+                    return method(link)(request, timeout=limit)
                 except grpc.RpcError as rpc_error:
                     error = from_rpc_error(rpc_error)
                 except Unavailable as unreachable:

@@ -181,14 +181,32 @@ def test_the_whole_row_is_ordered_only_where_1024_tokens_do_not_decide(
         assert sampling.draw(logits, rows).token_ids == token_ids
 
 
-def test_rows_that_float32_cannot_decide_are_decided_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two-level draw is that of the rules if every row, or none, passes for undecided."""
-    logits = np.stack([logits_of(seed, seed % 4, 2500) for seed in range(40)])
-    rows = plain(40, temperature=0.8, seed=99)
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 300}, {"top_p": 0.97}, {"min_p": 1e-4}, {"allowed_token_ids": tuple(range(0, 600, 2))}]
+)
+def test_unlikely_tokens_have_their_turns_at_the_right_places(filters: dict[str, Any]) -> None:
+    """Token by token what the rules say, where one token in three is far from the most probable ones."""
+    logits = logits_of(8, 0, 600)[None, :].repeat(60, axis=0)
+    rows = plain(60, temperature=1.0, seed=1 << 63, **filters)
     expected = [naive_sampling.draw(values, row) for values, row in zip(logits.tolist(), rows, strict=True)]
-    for margin in (sampling._FLOAT32_MARGIN, math.inf):
-        monkeypatch.setattr(sampling, "_FLOAT32_MARGIN", margin)
-        assert [drawn.token_ids for drawn in everywhere(logits, rows)] == [expected] * 3
+    assert sum(logits[0].max() - logits[0, token_id] > 4 for token_id in expected) >= 10
+    assert [drawn.token_ids for drawn in everywhere(logits, rows)] == [expected] * 3
+
+
+def test_blocks_that_float32_cannot_tell_apart_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks whose chances differ by some 1e-8: float32 alone errs, the draw does not."""
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 1, (40, 1024)).astype(np.float32)
+    rows = plain(40, temperature=1.0, seed=21)
+    for row, values in zip(rows, logits, strict=True):
+        lead = [naive_sampling.gumbel(21, block, len(row.token_ids), 0, 1) for block in (0, 1)]
+        lead += [float(np.log(np.exp(part.astype(np.float64)).sum())) for part in (values[:512], values[512:])]
+        values[512:] += np.float32(lead[0] + lead[2] - lead[1] - lead[3])
+    expected = [naive_sampling.draw(values, row) for values, row in zip(logits.tolist(), rows, strict=True)]
+    assert 10 < sum(token_id >= 512 for token_id in expected) < 30
+    assert [drawn.token_ids for drawn in everywhere(logits, rows)] == [expected] * 3
+    monkeypatch.setattr(sampling, "_FLOAT32_MARGIN", 1e-12)
+    assert sampling.draw(logits, rows).token_ids != expected
 
 
 @pytest.mark.parametrize(

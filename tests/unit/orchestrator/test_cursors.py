@@ -16,8 +16,9 @@ TABLE = [bytes([byte]) for byte in range(256)]
 LOG = [10, 11, 12, 13]
 
 
-def generation(choices: int = 1, *, committed: bool = False, detach: bool = False) -> Generation:
-    spec = GenerationSpec(SamplingProgram(), StopRules(), choices=choices, committed=committed, detach=detach)
+def generation(choices: int = 1, *, committed: bool = False, detach: bool = False, max_tokens: int = 0) -> Generation:
+    rules = StopRules(max_tokens=max_tokens)
+    spec = GenerationSpec(SamplingProgram(), rules, choices=choices, committed=committed, detach=detach)
     sequences = [Sequence(choice, 2, spec.stop, table=TABLE, context_length=1000) for choice in range(choices)]
     name = GenerationName("t", *random_ids())
     record = NewGeneration(tenant="t", session=name.session, generation=name.generation, new_session=True)
@@ -61,6 +62,15 @@ def test_a_tail_with_another_hash_changes_nothing() -> None:
     with pytest.raises(LogDiverged):
         match_cursors(made, [good, bad], tails)
     assert [sequence.token_ids for sequence in made.sequences] == [LOG, LOG]
+
+
+def test_a_tail_that_runs_past_the_end_changes_nothing() -> None:
+    made, ids = generation(max_tokens=5), [*LOG, 14, 15]
+    with pytest.raises(CursorOutOfRange):
+        match_cursors(made, [cursor(6, ids)], [Tail(0, 4, [14, 15])])
+    assert made.sequences[0].token_ids == LOG
+    assert match_cursors(made, [cursor(5, ids[:5])], [Tail(0, 4, [14])]).counts == [5]
+    assert made.sequences[0].ending is not None
 
 
 def test_behind_the_end_there_is_nothing() -> None:

@@ -25,14 +25,15 @@ from tests.unit.shard.stories import Library, tell, write_stories
 MODEL = LlamaConfig(
     vocabulary_size=250,
     hidden_size=96,
-    intermediate_size=300,
+    intermediate_size=1100,
     layer_count=2,
     head_count=6,
     kv_head_count=2,
     head_size=16,
     context_length=256,
 )
-"""Tiny, but with a product longer than a slice, shared kv heads, and widths that no vector divides."""
+"""Tiny, but with a product so long that a BLAS splits it between threads, shared kv heads, and a vocabulary that no
+vector divides."""
 
 SEEDS, TWO_THREADED_SEEDS = range(40), range(40, 50)
 """With two page sizes a hundred schedules."""
