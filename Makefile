@@ -4,7 +4,8 @@
 #   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
-#   make bench     measure
+#   make bench     measure what each hop costs
+#   make faults    kill every kind of process at every offset of a stream
 #   make protos    generate the Python code of the protos
 #   make setup     only set up .venv     PYTHON=python3.12, CONSTRAINTS=other.txt
 #
@@ -27,7 +28,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts fix bench protos
+.PHONY: help setup run test check lint format types imports contracts fix bench faults protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -52,7 +53,7 @@ run: setup
 	@exec $(BIN)/fermata-server up --chat
 
 test: setup
-	@$(BIN)/python -m pytest -q -m 'not slow' $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
+	@$(BIN)/python -m pytest -q $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
 
 check: lint format types imports contracts
 
@@ -80,6 +81,10 @@ contracts: setup
 fix: setup
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
+
+# `make test` does the same at eight seeded offsets per kind.
+faults: setup
+	@FERMATA_FAULT_OFFSETS=63 $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kills.py tests/pipeline
 
 bench: setup
 	@$(BIN)/python -m tests.bench

@@ -175,7 +175,7 @@ class Reader:
                 response = kind()
                 events.write_finished(response.event.finished, terminal, text)
                 responses.append(response)
-        if beat and not responses:
+        if beat and (not responses or self._face.draining):  # whoever is busy must hear that, too (R19)
             response = kind()
             response.event.heartbeat.endpoints.extend(self._face.endpoints)
             response.event.heartbeat.draining = self._face.draining

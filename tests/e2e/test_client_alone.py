@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def test_the_light_client_in_an_environment_of_its_own(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
-    client = ["-c", str(ROOT / "constraints.txt"), str(ROOT / "clients" / "python")]
+    # A copy, for a build leaves folders beside the sources that would find their way into the next one.
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    source = shutil.copytree(ROOT / "clients" / "python", tmp_path / "source", ignore=ignored)
+    client = ["-c", str(ROOT / "constraints.txt"), str(source)]
     subprocess.run([*pip, "install", *client], check=True)
     listed = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True).stdout
     installed = {item["name"].lower().replace("_", "-") for item in json.loads(listed)}

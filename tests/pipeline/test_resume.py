@@ -17,7 +17,7 @@ from services.common import failpoints
 from tests.history import History, Output, Record, Violation, check, check_text
 from tests.pipeline.house import House, read, undisturbed
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(480)]
 
 LENGTH = 64
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "max_tokens": LENGTH}

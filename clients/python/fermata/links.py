@@ -121,9 +121,11 @@ class Links:
                 link, health = dials.pop(dial), _found(dial)
                 if health is Health.SERVING:
                     return link
-                if health is Health.SILENT:
+                if health is Health.NOT_SERVING:
+                    last_resort.append(link)
+                else:
                     self.discard(link)
-                last_resort.append(link) if health is Health.NOT_SERVING else self.release(link)
+                    self.release(link)
             if last_resort and not serving_only:
                 return last_resort.pop()
             raise dialing.unreachable(tried, answered=bool(last_resort))

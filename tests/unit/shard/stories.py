@@ -107,7 +107,7 @@ def write_stories(seed: int, vocabulary_size: int, block_size: int) -> list[list
     trunks = [draw.choices(ids, k=_TRUNK) for _ in range(_TRUNKS)]
     generations = []
     for number, (kind, program) in enumerate(2 * list(_programs(vocabulary_size).items())):
-        common = block_size * min(draw.choice([0, 0, 1, 2, 3]), _TRUNK // block_size)
+        common = block_size * min(draw.choice([0, 0, 0, 1, 2]), _TRUNK // block_size)
         length = CONTEXT - 15 if number == 0 else common + draw.choice([1, 7, 16, 30])
         story = Story(
             name=f"{number} ({kind})",
