@@ -36,8 +36,8 @@ CANDIDATES = 1024
 _REACH = noise.LARGEST_GUMBEL - noise.SMALLEST_GUMBEL
 """A score that is this far below the best cannot win, whatever the noise."""
 
-_FLOAT32_MARGIN = 1e-3
-"""Far above what float32 costs the logarithm of a mass; see `_blocks`."""
+_ROUGHNESS = 1e-3
+"""Far above the error of the logarithms of two rough masses."""
 
 _READ = 1 << 20
 """Logits that are gathered at a time where they are only looked through."""
@@ -244,40 +244,40 @@ def _greedy(group: _Group) -> list[int]:
 def _two_levels(group: _Group) -> list[int]:
     """A block by its mass, then a token of it; -1 where the largest logit is not finite."""
     xp, vocabulary_size, device = group.xp, group.logits.shape[-1], array_api_compat.device(group.logits)
-    peak, start = _blocks(group)
+    temperatures, address = group.temperatures(), group.addresses()[:, :, None]
+    peak, start = _blocks(group, temperatures, address)
     # The last block may be short: its last token stands again for those that are missing, and wins at its own place.
     token_ids = xp.minimum(start + xp.arange(logit_filters.BLOCK, device=device), vocabulary_size - 1)
     rows = group.integers(group.members)[:, None] * vocabulary_size
     logits = xp.reshape(group.logits, (-1,))[rows + token_ids]
-    chances = logit_filters.scores(xp, logits, peak, group.temperatures())
-    chances += _noise(xp, group.addresses()[:, :, None], token_ids, noise.TOKEN_PURPOSE)
+    chances = logit_filters.scores(xp, logits, peak, temperatures)
+    chances += _noise(xp, address, token_ids, noise.TOKEN_PURPOSE)
     best = start + xp.argmax(chances, axis=-1, keepdims=True)
     result: list[int] = xp.where(xp.isfinite(peak), best, -1)[:, 0].tolist()
     return result
 
 
-def _blocks(group: _Group) -> tuple[Array, Array]:
+def _blocks(group: _Group, temperatures: Array, address: Array) -> tuple[Array, Array]:
     """The largest logit of each row and the first id of the block that is chosen, [R, 1] each.
 
-    The choice is that by float64 masses. Those of float32 cost half and are off by less than 1e-4 of themselves: they
-    decide wherever the best block leads by more than ten times that, and the few other rows are chosen again.
+    The choice is that by exact masses. Rough ones decide wherever the best block leads by far more than their error;
+    for the few other rows the exact ones are computed.
     """
     xp = group.xp
-    temperature = xp.astype(group.temperatures(), xp.float32)
     peaks, masses = [], []
     for part, logits in group.parts(_READ):
         peaks.append(xp.max(logits, axis=-1, keepdims=True))
-        masses.append(logit_filters.block_masses(xp, logits, peaks[-1], temperature[part]))
+        masses.append(logit_filters.rough_block_masses(xp, logits, peaks[-1], temperatures[part]))
     peak, mass = xp.concat(peaks), xp.concat(masses)
 
     indices = xp.broadcast_to(xp.arange(mass.shape[-1], device=array_api_compat.device(mass)), mass.shape)
-    gumbel = _noise(xp, group.addresses()[:, :, None], indices, noise.BLOCK_PURPOSE)
+    gumbel = _noise(xp, address, indices, noise.BLOCK_PURPOSE)
     chances = xp.log(xp.astype(mass, xp.float64)) + gumbel
     block = xp.argmax(chances, axis=-1, keepdims=True)
-    rivals = chances > xp.take_along_axis(chances, block, axis=-1) - _FLOAT32_MARGIN
-    for i in xp.nonzero(xp.count_nonzero(rivals, axis=-1) != 1)[0].tolist():
+    rivals = xp.sum(xp.astype(chances > xp.max(chances, axis=-1, keepdims=True) - _ROUGHNESS, xp.int64), axis=-1)
+    for i in xp.nonzero(rivals != 1)[0].tolist():  # 0 if a chance is not a number
         ((_, logits),) = group.only(i).parts(_READ)
-        mass = logit_filters.block_masses(xp, logits, peak[i : i + 1], group.temperatures()[i : i + 1])
+        mass = logit_filters.block_masses(xp, logits, peak[i : i + 1], temperatures[i : i + 1])
         block[i] = xp.argmax(xp.log(mass) + gumbel[i : i + 1], axis=-1)
     return peak, block * logit_filters.BLOCK
 

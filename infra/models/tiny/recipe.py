@@ -22,6 +22,7 @@ class Phase:
         length: tokens of a row.
         copy_share: share of rows that are copy problems.
         enough: loss at which the phase ends early; 0 never.
+        cycle: phases of a cycle share one fall of the learning rate.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Phase:
     length: int
     copy_share: float = 0.0
     enough: float = 0.0
+    cycle: int = 0
 
     @property
     def only_copies(self) -> bool:
@@ -50,7 +52,7 @@ class Recipe:
         model: the shape of the model.
         phases: one after the other; those that only copy come first.
         learning_rate: of AdamW (Loshchilov and Hutter 2019) for talking; reached in `warmup_steps`, then falls
-            linearly to zero.
+            linearly to zero. A further cycle begins again with half of it (Loshchilov and Hutter 2017).
         copy_learning_rate: constant during the copy curriculum.
         weight_decay: on matrices.
         clip: largest norm of the gradient.
@@ -75,11 +77,13 @@ class Recipe:
         item = self.phases[phase]
         if item.only_copies:
             return self.copy_learning_rate * min(1.0, (step + 1) / self.warmup_steps)
-        talk_tokens = [0 if other.only_copies else other.steps * other.step_tokens for other in self.phases]
-        left = sum(talk_tokens[phase:]) - step * item.step_tokens
-        warm = sum(talk_tokens[:phase]) > 0 or step >= self.warmup_steps
-        warmup = 1.0 if warm else (step + 1) / self.warmup_steps
-        return self.learning_rate * min(warmup, left / sum(talk_tokens))
+        same_cycle = [other.cycle == item.cycle and not other.only_copies for other in self.phases]
+        tokens = [
+            counts * other.steps * other.step_tokens for counts, other in zip(same_cycle, self.phases, strict=True)
+        ]
+        left = sum(tokens[phase:]) - step * item.step_tokens
+        warmup = 1.0 if sum(tokens[:phase]) else min(1.0, (step + 1) / self.warmup_steps)
+        return self.learning_rate * 0.5**item.cycle * min(warmup, left / sum(tokens))
 
 
 def full(scale: float = 1.0) -> Recipe:
@@ -106,6 +110,8 @@ def full(scale: float = 1.0) -> Recipe:
             Phase("talk", math.ceil(1100 * scale), rows=6, length=384, copy_share=0.05),
             Phase("long talk", math.ceil(300 * scale), rows=4, length=1024, copy_share=0.02),
             Phase("longest talk", math.ceil(25 * scale), rows=3, length=2048),
+            Phase("talk again", math.ceil(1000 * scale), rows=4, length=640, copy_share=0.05, cycle=1),
+            Phase("long talk again", math.ceil(250 * scale), rows=4, length=1024, cycle=1),
         ),
     )
 

@@ -66,6 +66,21 @@ def test_masses_are_sums_of_exponentials_by_blocks(library: str, size: int) -> N
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 1.0, 30.0])
+def test_rough_masses_are_as_near_as_they_claim(library: str, temperature: float) -> None:
+    logits = np.random.default_rng(9).normal(0, 4, (20, 5000)).astype(np.float32)
+    temperatures = np.full((20, 1), temperature)
+    arrays = [as_array(library, values) for values in (logits, logits.max(axis=-1, keepdims=True), temperatures)]
+    exact = np.log(np.asarray(logit_filters.block_masses(LIBRARIES[library], *arrays)))
+    rough = np.asarray(logit_filters.rough_block_masses(LIBRARIES[library], *arrays))
+    assert rough.dtype == np.float32
+    near = exact > -80
+    assert near.sum() >= 20
+    assert np.abs(np.log(rough[near].astype(np.float64)) - exact[near]).max() < 1e-4
+    assert (rough[~near] < np.exp(-79.0)).all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_masses_of_a_row_do_not_depend_on_its_company(library: str) -> None:
     """To the bit, at any number of rows and of threads."""
     xp, rng = LIBRARIES[library], np.random.default_rng(5)

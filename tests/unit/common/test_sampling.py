@@ -205,7 +205,7 @@ def test_blocks_that_float32_cannot_tell_apart_are_told_apart(monkeypatch: pytes
     expected = [naive_sampling.draw(values, row) for values, row in zip(logits.tolist(), rows, strict=True)]
     assert 10 < sum(token_id >= 512 for token_id in expected) < 30
     assert [drawn.token_ids for drawn in everywhere(logits, rows)] == [expected] * 3
-    monkeypatch.setattr(sampling, "_FLOAT32_MARGIN", 1e-12)
+    monkeypatch.setattr(sampling, "_ROUGHNESS", 1e-12)
     assert sampling.draw(logits, rows).token_ids != expected
 
 

@@ -124,14 +124,20 @@ def test_conversations_are_rendered_as_the_template_does() -> None:
 # --- training
 
 
-def test_the_learning_rate_rises_once_and_falls_to_zero() -> None:
-    plan = recipe.full(0.1)
-    rates = [plan.rate(index, step) for index, phase in enumerate(plan.phases) for step in range(phase.steps)
-             if not phase.only_copies]  # fmt: skip
+@pytest.mark.parametrize("cycle", [0, 1])
+def test_the_learning_rate_rises_and_falls_once_in_a_cycle(cycle: int) -> None:
+    plan = recipe.full(0.3)
+    rates = [
+        plan.rate(index, step)
+        for index, phase in enumerate(plan.phases)
+        if phase.cycle == cycle and not phase.only_copies
+        for step in range(phase.steps)
+    ]
     peak = rates.index(max(rates))
     assert 0 < peak < 100
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[peak] > 0.4 * plan.learning_rate
     assert rates[-1] < plan.learning_rate / 50
 
 

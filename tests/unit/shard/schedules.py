@@ -113,7 +113,7 @@ class Schedule:
         generations = choose.choices(library.generations, k=choose.randint(2, 5))
         longest = max(len(each.prompt) + len(library.told[each.name]) for stories in generations for each in stories)
         least = math.ceil(longest / library.block_size)
-        blocks = least + choose.choice([0, 1, 2, 2 * least])
+        blocks = least + choose.choice([0, 0, 1, 2 * least])
         self._scheduler = Scheduler(
             BlockPool(blocks, library.block_size, prefix_cache=choose.random() < 0.7),
             step_tokens=choose.choice([11, 16, 33, 64, 128, 256]),

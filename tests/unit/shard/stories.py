@@ -23,7 +23,6 @@ CONTEXT = 170
 """Tokens at which a story ends; no multiple of a page."""
 
 KV_MEMORY = 8 << 20
-_TRUNKS = 2
 _TRUNK = 128
 
 
@@ -98,16 +97,17 @@ class Library(NamedTuple):
 
 
 def write_stories(seed: int, vocabulary_size: int, block_size: int) -> list[list[Story]]:
-    """Generations of one to three choices, by every kind of program; many prompts begin with the same whole blocks.
+    """Generations of one to three choices, by every kind of program; the first one is longer than its context.
 
-    The first one has more to say than its context holds.
+    Many prompts begin with the same whole blocks, and some have equal blocks behind a first one that differs.
     """
     draw = random.Random(seed)
     ids = range(vocabulary_size)
-    trunks = [draw.choices(ids, k=_TRUNK) for _ in range(_TRUNKS)]
+    trunk = draw.choices(ids, k=_TRUNK)
+    trunks = [trunk, draw.choices(ids, k=block_size) + trunk[block_size:]]
     generations = []
     for number, (kind, program) in enumerate(2 * list(_programs(vocabulary_size).items())):
-        common = block_size * min(draw.choice([0, 0, 0, 1, 2]), _TRUNK // block_size)
+        common = block_size * min(draw.choice([0, 0, 1, 2, 2]), _TRUNK // block_size)
         length = CONTEXT - 15 if number == 0 else common + draw.choice([1, 7, 16, 30])
         story = Story(
             name=f"{number} ({kind})",

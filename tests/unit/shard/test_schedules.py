@@ -45,7 +45,7 @@ SEEN = {
     "prefilled outputs": 50,  # drawn behind a longer chunk, where alone they are drawn behind one token
     "prefix hits": 20,
     "shared prompts": 20,  # forks
-    "copied blocks": 5,  # copy-on-write
+    "copied blocks": 4,  # copy-on-write
     "preemptions": 10,
     "schedules with preemptions": 8,
     "releases": 20,
