@@ -23,6 +23,7 @@ from tests.bench.processes import System, cpu_seconds
 from tests.bench.workload import Workload
 
 STREAMS = (1, 8, 32)
+BARE = "(one bare gRPC hop)"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,9 +51,12 @@ async def measure(system: System, workload: Workload, samples: Samples) -> None:
     """One round: every level once."""
     alone = 0.0
     for level, run in LEVELS.items():
-        before, engine_before = cpu_seconds(system.pids), await system.engine_seconds()
+        # The engine's time comes with a heartbeat: waiting for that must not count.
+        engine_before = await system.engine_seconds()
+        before = cpu_seconds(system.pids)
         seconds = await run(system, workload)
-        after, engine_after = cpu_seconds(system.pids), await system.engine_seconds()
+        after = cpu_seconds(system.pids)
+        engine_after = await system.engine_seconds()
         key = (workload.streams, level)
         rate = workload.total / seconds
         alone = rate if level == "engine alone" else alone
@@ -67,24 +71,30 @@ async def measure(system: System, workload: Workload, samples: Samples) -> None:
         samples.cpu[key]["engine"].append(1e6 * engine / workload.total)
 
 
+COLUMNS = ("client", "tokenizer", "orchestrator", "store", "shard", "bare")
+
+
 def print_table(samples: Samples, streams: list[int]) -> None:
     """The result, one line per level."""
-    columns = ("client", "tokenizer", "orchestrator", "store", "shard")
     print(f"{'streams':>7}  {'level':<22}{'tokens/s':>9}{'ms/token':>10}{'÷ alone':>9}   CPU µs per token")
-    print(" " * 60 + "".join(f"{name:>13}" for name in (*columns, "together", "(engine)")))
+    print(" " * 60 + "".join(f"{name:>13}" for name in (*COLUMNS, "together", "(engine)")))
     for count in streams:
         for level in LEVELS:
             key = (count, level)
             rate = statistics.median(samples.rates[key])
             ratio = statistics.median(samples.ratios[key])
-            line = f"{count:>7}  {level:<22}{rate:>9.0f}{1e3 * count / rate:>10.2f}{ratio:>9.2f}   "
-            if samples.cpu[key]:
-                spent = {name: statistics.median(values) for name, values in samples.cpu[key].items()}
-                together = sum(spent[name] for name in columns)
-                cells = [*(spent[name] for name in columns), together, spent["engine"]]
-                line += "".join(f"{cell:>13.0f}" for cell in cells)
-            print(line)
+            speed = f"{rate:>9.0f}{1e3 * count / rate:>10.2f}{ratio:>9.2f}" if level != BARE else " " * 28
+            print(f"{count:>7}  {level:<22}{speed}   {_cpu_cells(samples.cpu[key])}")
         print()
+
+
+def _cpu_cells(samples: dict[str, list[float]]) -> str:
+    """CPU time per process; what took next to nothing is left out."""
+    if not samples:
+        return ""
+    spent = {name: statistics.median(values) for name, values in samples.items()}
+    cells = [spent[name] for name in COLUMNS]
+    return "".join(f"{cell:>13.0f}" if cell >= 1 else " " * 13 for cell in [*cells, sum(cells), spent["engine"]])
 
 
 async def run(options: argparse.Namespace) -> None:

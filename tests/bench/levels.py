@@ -38,6 +38,24 @@ async def engine_alone(system: System, workload: Workload) -> float:
     return float(output)
 
 
+async def bare_streams(system: System, workload: Workload) -> float:
+    """One message per token and stream from a server that does nothing else, at about the pace of the engine."""
+    pace = 0.003 if workload.streams == 1 else 0.004 if workload.streams <= 8 else 0.009
+    async with rpc.inside_channel(system.bare) as channel:
+        stub = GenerationServiceStub(channel)
+        began = time.perf_counter()
+
+        async def read() -> None:
+            request = generation_pb2.StreamGenerateRequest()
+            request.generation.request_id = str(pace)
+            request.generation.stop.max_tokens = workload.tokens
+            async for _ in stub.StreamGenerate(request):
+                pass
+
+        await asyncio.gather(*(read() for _ in range(workload.streams)))
+        return time.perf_counter() - began
+
+
 async def shard_link(system: System, workload: Workload) -> float:
     """A link of our own to the shard: one message per step."""
     async with rpc.inside_channel(system.shard) as channel:
@@ -143,6 +161,7 @@ async def with_client_library(system: System, workload: Workload) -> float:
 
 LEVELS: dict[str, Callable[[System, Workload], Awaitable[float]]] = {
     "engine alone": engine_alone,
+    "(one bare gRPC hop)": bare_streams,
     "+ shard's link": shard_link,
     "+ orchestrator": through_orchestrator,
     "+ tokenizer": through_tokenizer,

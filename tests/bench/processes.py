@@ -41,13 +41,14 @@ class System:
         model: folder of the model.
         pids: by name; `client` is this process.
         shard, orchestrator, tokenizer: addresses.
+        bare: address of a server that only sends messages, for comparison.
         vocabulary_size: of the model.
     """
 
     def __init__(self, folder: Path, model: str) -> None:
         self.model = model
         self.pids: dict[str, int] = {"client": os.getpid()}
-        self.shard = self.orchestrator = self.tokenizer = ""
+        self.shard = self.orchestrator = self.tokenizer = self.bare = ""
         self.vocabulary_size = 0
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -73,6 +74,7 @@ class System:
         (self._folder / "store").mkdir()
         self._valkey = await asyncio.to_thread(start_valkey, self._folder / "store")
         self.pids["store"] = self._valkey.process.pid
+        self.bare = await self._start("bare", module="tests.bench.bare")
         self.shard = await self._start("shard", "--model", self.model, "--port", "0")
         self.orchestrator = await self._start(
             "orchestrator", "--model", self.model, "--shards", self.shard, "--redis-url", self._valkey.url
@@ -114,10 +116,10 @@ class System:
         while isinstance(response := await call.read(), shard_pb2.LinkResponse):
             self._loads.put_nowait(response.load)
 
-    async def _start(self, service: str, *arguments: str) -> str:
+    async def _start(self, service: str, *arguments: str, module: str = "") -> str:
         """Starts a service and returns its address as soon as it serves."""
         read_end, write_end = os.pipe()
-        command = [sys.executable, "-m", f"services.{service}", *arguments, "--ready-fd", str(write_end)]
+        command = [sys.executable, "-m", module or f"services.{service}", *arguments, "--ready-fd", str(write_end)]
         log = (self._folder / f"{service}.log").open("wb")
         process = await asyncio.to_thread(
             subprocess.Popen, command, pass_fds=[write_end], stderr=log, stdin=subprocess.DEVNULL

@@ -22,10 +22,11 @@ from tests.e2e.system import BIN, UpSystem, client, is_running, wait_for
 from tests.history import History, Output, check, check_text
 from tests.pipeline.house import read, undisturbed
 
-pytestmark = pytest.mark.timeout(60 * OFFSETS)
-
 LENGTH = 64
 OFFSETS = int(os.environ.get("FERMATA_FAULT_OFFSETS", "8"))
+
+pytestmark = pytest.mark.timeout(60 * OFFSETS)
+
 REQUEST: dict[str, Any] = {
     "token_ids": [20, 30, 40, 50],
     "temperature": 1.0,

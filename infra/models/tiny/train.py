@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,14 @@ from torch.nn import functional
 
 from infra.models.tiny import curve, export, tokenizer
 from infra.models.tiny.batches import Batch, BatchSource
+from infra.models.tiny.progress import Meter, Progress
 from infra.models.tiny.recipe import Recipe, full, quick
 from services.shard.kernels.dense import DenseOperations
 from services.shard.models.llama import Llama
 
 _CHECKPOINT = "checkpoint.pt"
-_PROGRESS_SECONDS = 5.0
-_SMOOTHING = 0.9
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a run is, and what it measured on the way.
-
-    Attributes:
-        phase, step: the next step to do.
-        tokens: read so far.
-        seconds: spent on steps so far.
-        losses: (tokens, mean loss since the last entry) of training.
-        perplexities: (tokens, perplexity) of the held-out conversations.
-    """
-
-    phase: int = 0
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    perplexities: list[tuple[int, float]] = field(default_factory=list)
+_CURVE_STEPS = 10
+"""Steps whose mean loss is one point of the curve."""
 
 
 class Trainer:
@@ -121,22 +101,22 @@ class Trainer:
         return True
 
     def _run_phase(self) -> None:
-        phase, progress = self.recipe.phases[self.progress.phase], self.progress
-        smoothed, recent, shown = math.inf, [], time.monotonic()
-        while progress.step < phase.steps and smoothed > phase.enough:
+        """Does the steps of a phase until its loss is low enough."""
+        phase, progress, meter = self.recipe.phases[self.progress.phase], self.progress, Meter(self.progress)
+        recent: list[float] = []
+        while progress.step < phase.steps and (meter.loss is None or meter.loss > phase.enough):
             started = time.monotonic()
             loss = self._step(self._source.batch(self._batch_number(), phase.rows, phase.length, phase.copy_share))
             progress.step += 1
             progress.tokens += phase.step_tokens
             progress.seconds += time.monotonic() - started
+            meter.add(loss)
             recent.append(loss)
-            smoothed = loss if smoothed == math.inf else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
-            if len(recent) == 10 or progress.step == phase.steps:
+            if len(recent) == _CURVE_STEPS:
                 progress.losses.append((progress.tokens, sum(recent) / len(recent)))
                 recent = []
-            if time.monotonic() - shown > _PROGRESS_SECONDS:
-                shown = time.monotonic()
-                self._show(smoothed)
+            if line := meter.line(self.recipe.phases):
+                print(line, file=sys.stderr, flush=True)
             if progress.step % self.recipe.measure_every == 0 or progress.step == phase.steps:
                 if not phase.only_copies:
                     progress.perplexities.append((progress.tokens, self.held_out_perplexity()))
@@ -165,20 +145,6 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.95))
-
-    def _show(self, loss: float) -> None:
-        progress, phases = self.progress, self.recipe.phases
-        speed = progress.tokens / progress.seconds
-        left = sum(phase.steps * phase.step_tokens for phase in phases[progress.phase :])
-        left -= progress.step * phases[progress.phase].step_tokens
-        perplexity = f"held-out perplexity {progress.perplexities[-1][1]:.3f}" if progress.perplexities else ""
-        name, steps = phases[progress.phase].name, phases[progress.phase].steps
-        print(
-            f"{name} {progress.step}/{steps}  loss {loss:.3f}  {progress.tokens / 1e6:.2f} M tokens  "
-            f"{speed:,.0f} tokens/s  {left / speed / 60:.1f} min left  {perplexity}",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def write_result(trainer: Trainer, vocabulary: Tokenizer, folder: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infra.models.tiny import batches, corpus, curve, recipe, tokenizer, train
+from infra.models.tiny import batches, corpus, curve, progress, recipe, tokenizer, train
 from services.common.vocabulary import Vocabulary
 from services.shard.kernels.dense import DenseOperations
 from services.shard.runner import Runner
@@ -165,6 +165,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(quick_run: Path, tmp_
     assert straight.resume()
     for name, parameter in straight.model.named_parameters():
         assert torch.equal(parameter, dict(second.model.named_parameters())[name])
+
+
+def test_the_line_tells_the_speed_and_the_time_left() -> None:
+    now = 100.0
+    phases = (recipe.Phase("copy", 5, rows=1, length=10), recipe.Phase("talk", 8, rows=2, length=100))
+    state = progress.Progress(phase=1, step=1, tokens=250)
+    meter = progress.Meter(state, clock=lambda: now)
+    meter.add(2.0)
+    assert meter.line(phases) is None  # nothing was measured yet
+    now, state.step, state.tokens = 110.0, 3, 650
+    meter.add(1.0)
+    line = meter.line(phases)
+    assert line is not None
+    assert line.split("  ") == ["talk 3/8", "loss 1.900", "0.00 M tokens", "40 tokens/s", "0.4 min left"]
+    assert meter.line(phases) is None
 
 
 def test_the_curve_is_a_picture(quick_run: Path) -> None:

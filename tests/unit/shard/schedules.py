@@ -202,7 +202,7 @@ class Schedule:
             told = self._library.told[story.name]
             known = choose.choice([0, 0, choose.randrange(len(told))])
             outputs = [each.token_id for each in told[:known]]
-            late = choose.choice([0, 0, choose.randint(1, 6)])
+            late = choose.choice([0, 0, choose.randint(1, 25)])
             self._arrivals.append(Arrival(step + late, generation_id, story, tenant, priority, link, outputs))
 
     def _command(self, step: int) -> None:

@@ -7,7 +7,6 @@ or computes again after a preemption or with known outputs. So must each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -53,13 +52,6 @@ SEEN = {
     "lost links": 5,
 }
 """What 40 schedules must have gone through at least; they do so about twice as often."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
