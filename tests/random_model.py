@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from services.config import BUILT_IN_MODEL
 from services.shard.models.config import LlamaConfig
 from services.shard.models.llama import Llama
 
@@ -41,4 +43,17 @@ def write_model(folder: Path, model: Llama, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.to_checkpoint(), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), **changes}))
+    return folder
+
+
+def write_serving_model(folder: Path) -> Path:
+    """Random weights of the built-in model's shape, with its tokenizer: a model that says much and means nothing.
+
+    Tests of the line use it, so that nothing depends on what the built-in model was taught to say.
+    """
+    built_in = Path(BUILT_IN_MODEL)
+    config = LlamaConfig.from_dict(json.loads((built_in / "config.json").read_text()))
+    write_model(folder, random_model(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(built_in / name, folder)
     return folder

@@ -6,6 +6,7 @@ Leaf module: imports nothing of the package, and knows neither gRPC, protobuf, t
 from __future__ import annotations
 
 import enum
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,11 @@ NOISE_VERSION = 1
 """Version of the noise (R21); part of the fingerprint."""
 
 DEFAULT_TENANT = "default"
+
+SESSION_PATTERN = re.compile(r"[a-z2-7]{26}")
+"""Form of a session's id: 128 bits as base32 (R14)."""
+GENERATION_PATTERN = re.compile(r"[0-9a-f]{16}")
+"""Form of what follows the session and a dot in a generation_id: 64 bits as hex (R14)."""
 
 
 class FinishReason(enum.IntEnum):

@@ -26,10 +26,8 @@ from services.common.errors import (
     SessionNotFound,
     SessionStoreUnavailable,
 )
-from services.common.types import RECORD_VERSION, FinishReason, unpack_ids
+from services.common.types import GENERATION_PATTERN, RECORD_VERSION, SESSION_PATTERN, FinishReason, unpack_ids
 from services.orchestrator.session_records import (
-    GENERATION_PATTERN,
-    SESSION_PATTERN,
     Append,
     BranchPoint,
     Finish,

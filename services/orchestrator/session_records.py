@@ -12,17 +12,11 @@ import base64
 import enum
 import hashlib
 import hmac
-import re
 import secrets
 from dataclasses import dataclass, field
 
 from services.common.errors import GenerationNotFound
-from services.common.types import FinishReason
-
-SESSION_PATTERN = re.compile(r"[a-z2-7]{26}")
-"""128 bits as base32."""
-GENERATION_PATTERN = re.compile(r"[0-9a-f]{16}")
-"""64 bits as hex."""
+from services.common.types import GENERATION_PATTERN, SESSION_PATTERN, FinishReason
 
 IDLE, RUNNING, PARKED = "idle", "running", "parked"
 """States of a session; it has an active generation in the last two."""

@@ -23,6 +23,7 @@ from services.common.errors import (
     NotYetSupported,
     SessionNotFound,
 )
+from services.common.types import GENERATION_PATTERN, SESSION_PATTERN
 from services.tokenizer.chat_template import RESERVED_ARGUMENTS
 from services.tokenizer.codec import ModelFacts
 
@@ -41,9 +42,7 @@ MAX_TIME_LIMIT_SECONDS = 366 * 86400
 MAX_REPORTED = 24
 """Violations that an answer names; more would not fit the metadata of a gRPC answer (8 KiB)."""
 
-SESSION_ID = re.compile(r"[a-z2-7]{26}")
-GENERATION_ID = re.compile(r"[a-z2-7]{26}\.[0-9a-f]{16}")
-"""R14."""
+GENERATION_ID = re.compile(rf"{SESSION_PATTERN.pattern}\.{GENERATION_PATTERN.pattern}")
 
 
 class Range(NamedTuple):
@@ -107,7 +106,7 @@ def check_model(model: str, facts: ModelFacts) -> None:
 
 def check_session_id(session_id: str) -> None:
     """Raises SessionNotFound for what cannot be a session's id."""
-    if not SESSION_ID.fullmatch(session_id):
+    if not SESSION_PATTERN.fullmatch(session_id):
         raise SessionNotFound("there is no such session", metadata={"session_id": session_id[:128]})
 
 

@@ -20,6 +20,7 @@ from fermata.v1 import common_pb2, text_pb2
 from fermata.v1 import generation_pb2 as pb
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.text_pb2_grpc import TokenizerServiceStub
+from services.common.vocabulary import IncrementalText, Vocabulary
 from tests.contract.raw_reader import RawReader, extend
 from tests.contract.requests import (
     eventually,
@@ -99,20 +100,18 @@ async def test_an_ended_generation_from_any_cursor(house: House) -> None:
     expected = await generate(house, request)
     name = pb.GenerationName(generation_id=expected.started.generation_id)
     chance = random.Random(5)
-    async with aio.insecure_channel(house.address) as channel:
-        texts = TokenizerServiceStub(channel)
-        for _ in range(20):
-            reader = RawReader(house.address, name=name)
-            for choice in expected.choices:
-                reader.choices[choice.choice].append(choice.token_ids[: chance.randint(0, len(choice.token_ids))])
-            before = {index: list(choice.token_ids) for index, choice in reader.choices.items()}
-            await reader.read()
-            for choice in expected.choices:
-                ids = common_pb2.TokenIds(ids=before[choice.choice])
-                said = (await texts.Detokenize(text_pb2.DetokenizeRequest(token_ids=ids))).text
-                assert reader.choices[choice.choice].token_ids == choice.token_ids
-                assert said.rstrip("\ufffd") + reader.choices[choice.choice].text == choice.text
-            assert set(reader.spoke) == {house.address}
+    vocabulary = Vocabulary.from_file(Path(house.model) / "tokenizer.json")
+    for _ in range(20):
+        reader = RawReader(house.address, name=name)
+        for choice in expected.choices:
+            reader.choices[choice.choice].append(choice.token_ids[: chance.randint(0, len(choice.token_ids))])
+        before = {index: list(choice.token_ids) for index, choice in reader.choices.items()}
+        await reader.read()
+        for choice in expected.choices:
+            said = IncrementalText().extend(vocabulary.bytes_of(before[choice.choice]))
+            assert reader.choices[choice.choice].token_ids == choice.token_ids
+            assert said + reader.choices[choice.choice].text == choice.text
+        assert set(reader.spoke) == {house.address}
 
 
 async def test_an_ended_generation_is_read_again_and_stays_as_it_is(house: House) -> None:

@@ -42,9 +42,9 @@ REQUEST: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpSystem]:
-    state = tmp_path_factory.mktemp("kills") / "state"
-    with UpSystem(state, "--replicas", "tokenizer=2,orchestrator=2,shard=1") as system:
+def system(tmp_path_factory: pytest.TempPathFactory, random_model_folder: Path) -> Iterator[UpSystem]:
+    state, replicas = tmp_path_factory.mktemp("kills") / "state", "tokenizer=2,orchestrator=2,shard=1"
+    with UpSystem(state, "--replicas", replicas, "--model", str(random_model_folder)) as system:
         yield system
 
 
@@ -129,8 +129,9 @@ def test_a_killed_client_resumes_on_the_command_line(system: UpSystem) -> None:
         assert (resumed.returncode, resumed.stdout) == (0, reference.stdout), resumed.stderr
 
 
-async def test_everything_is_killed_and_started_again(tmp_path: Path) -> None:
-    with UpSystem(tmp_path / "state") as system:
+async def test_everything_is_killed_and_started_again(tmp_path: Path, random_model_folder: Path) -> None:
+    model = ["--model", str(random_model_folder)]
+    with UpSystem(tmp_path / "state", *model) as system:
         options, reference = await request_with_stop(system.address)
         history = History()
         async with AsyncClient(system.address) as reader:
@@ -141,7 +142,7 @@ async def test_everything_is_killed_and_started_again(tmp_path: Path) -> None:
         for pid in [*system.pids()]:
             os.kill(pid, signal.SIGKILL)
         system.stop(signal.SIGKILL)
-    with UpSystem(tmp_path / "state") as system:
+    with UpSystem(tmp_path / "state", *model) as system:
         had: dict[int, list[int]] = {choice: [] for choice in range(3)}
         for record in history.records:
             had[record.choice] += record.token_ids

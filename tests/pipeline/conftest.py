@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -12,8 +13,9 @@ from tests.pipeline.house import House
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
-    async with House(tmp_path_factory.mktemp("store"), settings={"park_after": 0.5}) as house:
+async def shared_house(tmp_path_factory: pytest.TempPathFactory, random_model_folder: Path) -> AsyncIterator[House]:
+    folder = tmp_path_factory.mktemp("store")
+    async with House(folder, model=str(random_model_folder), settings={"park_after": 0.5}) as house:
         yield house
 
 

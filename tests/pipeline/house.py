@@ -20,7 +20,7 @@ from fermata.aio_stream import AsyncStream
 from fermata.events import Finished, Started, Tokens
 from services.common import failpoints, rpc
 from services.common.directory import StaticDirectory
-from services.config import BUILT_IN_MODEL, OrchestratorConfig, ShardConfig, TokenizerConfig
+from services.config import OrchestratorConfig, ShardConfig, TokenizerConfig
 from services.orchestrator.__main__ import build as build_orchestrator
 from services.orchestrator.service import OrchestratorService
 from services.orchestrator.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
@@ -61,7 +61,7 @@ class House:
     """
 
     folder: Path
-    model: str = BUILT_IN_MODEL
+    model: str
     settings: dict[str, Any] = field(default_factory=dict)
     shard: RunningShard | None = None
     orchestrators: list[RunningOrchestrator | None] = field(default_factory=lambda: [None, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +24,14 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-async def test_greedy_ids_equal_those_of_transformers(house: House) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_MODEL)
-    model: Any = AutoModelForCausalLM.from_pretrained(BUILT_IN_MODEL, dtype=torch.float32)
+async def test_greedy_ids_equal_those_of_transformers(tmp_path: Path) -> None:
+    async with House(tmp_path, model=BUILT_IN_MODEL) as house:
+        await assert_equal_to_transformers(house)
+
+
+async def assert_equal_to_transformers(house: House) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(house.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(house.model, dtype=torch.float32)
     async with AsyncClient(house.address) as client:
         for number, prompt in enumerate(PROMPTS):
             if number % 2:

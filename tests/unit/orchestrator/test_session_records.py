@@ -7,11 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import GenerationNotFound, InvalidRequest, SessionNotFound
-from services.common.types import FinishReason
+from services.common.types import GENERATION_PATTERN, SESSION_PATTERN, FinishReason
 from services.orchestrator import session_encoding as encoding
 from services.orchestrator.session_records import (
-    GENERATION_PATTERN,
-    SESSION_PATTERN,
     Terminal,
     derived_ids,
     join_generation_id,
