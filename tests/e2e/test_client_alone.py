@@ -28,12 +28,12 @@ def test_the_light_client_in_an_environment_of_its_own(tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = environment / "bin" / "python"
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     # A copy, for a build leaves folders beside the sources that would find their way into the next one.
     ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
     source = shutil.copytree(ROOT / "clients" / "python", tmp_path / "source", ignore=ignored)
     client = ["-c", str(ROOT / "constraints.txt"), str(source)]
-    subprocess.run([*pip, "install", *client], check=True)
+    subprocess.run([*pip, "install", "-q", *client], check=True)
     listed = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True).stdout
     installed = {item["name"].lower().replace("_", "-") for item in json.loads(listed)}
     tools = {"pip", "setuptools", "wheel"}

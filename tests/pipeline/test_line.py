@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,15 +25,17 @@ PROMPTS = [
 ]  # fmt: skip
 
 
-async def test_greedy_ids_equal_those_of_transformers(tmp_path: Path) -> None:
-    async with House(tmp_path, model=BUILT_IN_MODEL) as house:
-        await assert_equal_to_transformers(house)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def built_in_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
+    """A house whose model writes text that is encoded as it was generated."""
+    async with House(tmp_path_factory.mktemp("store"), model=BUILT_IN_MODEL) as house:
+        yield house
 
 
-async def assert_equal_to_transformers(house: House) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(house.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(house.model, dtype=torch.float32)
-    async with AsyncClient(house.address) as client:
+async def test_greedy_ids_equal_those_of_transformers(built_in_house: House) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(built_in_house.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(built_in_house.model, dtype=torch.float32)
+    async with AsyncClient(built_in_house.address) as client:
         for number, prompt in enumerate(PROMPTS):
             if number % 2:
                 messages = [{"role": "user", "content": prompt}]
@@ -84,8 +87,8 @@ async def test_choices_are_as_if_alone_and_share_the_prompt(house: House) -> Non
     assert len({output.token_ids for output in three.values()}) == 3
 
 
-async def test_a_chat_goes_on_by_its_session(house: House) -> None:
-    async with AsyncClient(house.address) as client:
+async def test_a_chat_goes_on_by_its_session(built_in_house: House) -> None:
+    async with AsyncClient(built_in_house.address) as client:
         first = await client.generate(messages=[{"role": "user", "content": "hello"}], temperature=0.0, max_tokens=30)
         second = await client.generate(
             messages=[{"role": "user", "content": "who are you?"}],
