@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -166,8 +167,9 @@ class Reading:
             response = await asyncio.wait_for(self.call.read(), 15)
             assert isinstance(response, pb.ReadResponse), "the stream broke"
             self._take(response)
-            if self.acknowledges and not self.call.done():
-                await self.call.write(pb.ReadRequest(acknowledged=response.sequence))
+            if self.acknowledges:
+                with contextlib.suppress(aio.AioRpcError, asyncio.InvalidStateError):  # it may just have been ended
+                    await self.call.write(pb.ReadRequest(acknowledged=response.sequence))
         return self
 
     def leave(self) -> None:
