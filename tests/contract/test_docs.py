@@ -59,9 +59,9 @@ def test_every_document_has_examples() -> None:
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("example", ALL_EXAMPLES)
-async def test_examples_run(house: House, example: str) -> None:
+async def test_examples_run(built_in_house: House, example: str) -> None:
     runner = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.contract.run_example", house.address),
+        *(sys.executable, "-m", "tests.contract.run_example", built_in_house.address),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from services.common import failpoints
+from services.config import BUILT_IN_MODEL
 from tests.pipeline.house import House
 
 
@@ -24,3 +25,10 @@ async def house(shared_house: House) -> AsyncIterator[House]:
     yield shared_house
     failpoints.configure({}, testing=False)
     await shared_house.repair()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def built_in_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
+    """A house whose model ends its answers by itself, and whose text is encoded as it was generated."""
+    async with House(tmp_path_factory.mktemp("store"), model=BUILT_IN_MODEL) as house:
+        yield house

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fermata.aio import AsyncClient
-from services.config import BUILT_IN_MODEL
 from tests.pipeline.house import House, undisturbed
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
@@ -23,13 +20,6 @@ PROMPTS = [
     "1 2 3 4 5", "Größe und naïve façade", "漢字", "🦊🏮", "\n\n\n", "   spaces   ", "What is the opposite of hot?",
     "list three animals", "good night",
 ]  # fmt: skip
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def built_in_house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[House]:
-    """A house whose model writes text that is encoded as it was generated."""
-    async with House(tmp_path_factory.mktemp("store"), model=BUILT_IN_MODEL) as house:
-        yield house
 
 
 async def test_greedy_ids_equal_those_of_transformers(built_in_house: House) -> None:
