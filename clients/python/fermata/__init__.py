@@ -10,8 +10,10 @@
 """
 
 from fermata.aio import AsyncClient
+from fermata.aio_drift import measure_drift
 from fermata.aio_stream import AsyncStream
 from fermata.client import Client
+from fermata.drift import DriftCurve, DriftIds, DriftSpan, DriftText
 from fermata.errors import FermataError
 from fermata.events import (
     Choice,
@@ -43,6 +45,10 @@ __all__ = [
     "AsyncStream",
     "Choice",
     "Client",
+    "DriftCurve",
+    "DriftIds",
+    "DriftSpan",
+    "DriftText",
     "Event",
     "FermataError",
     "Fingerprint",
@@ -64,4 +70,5 @@ __all__ = [
     "Tokens",
     "TopLogprobs",
     "Usage",
+    "measure_drift",
 ]

@@ -7,21 +7,29 @@ Exit status: 0 when finished, 2 for a usage error, 1 with the reason on standard
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
+from fermata.aio import AsyncClient
+from fermata.aio_drift import measure_drift
 from fermata.chat import ChatEnd, run_chat
 from fermata.client import Client
 from fermata.dialing import DEFAULT_SERVER, parse_server
+from fermata.drift import DriftCurve, DriftText, read_texts
 from fermata.errors import DataLoss, FermataError, NotYetSupported, Unavailable
 from fermata.events import FinishReason
 from fermata.printing import (
     EventPrinter,
     Printer,
     Stopwatch,
+    drift_json,
+    drift_rows,
+    drift_summary,
     finish_notes,
     generation_rows,
     local_time,
@@ -133,6 +141,29 @@ def tokens(given: argparse.Namespace, printer: Printer) -> int:
     return FINISHED
 
 
+def drift(given: argparse.Namespace, printer: Printer) -> int:
+    """Shows how a model's errors grow along texts when it goes on from its own tokens."""
+    texts = _drift_texts(given)
+    with _connected(given):
+        pass
+
+    async def measure() -> DriftCurve:
+        async with AsyncClient(given.server) as client:
+            return await measure_drift(client, texts, longest=given.longest, progress=printer.progress)
+
+    try:
+        curve = asyncio.run(measure())
+    finally:
+        printer.end_progress()
+    if given.json:
+        printer.line(drift_json(curve))
+        return FINISHED
+    heading = ("OFFSETS", "TOKENS", "TEACHER-FORCED", "", "FREE-RUNNING", "", "GAP")
+    printer.table(heading, drift_rows(curve))
+    printer.line(drift_summary(curve))
+    return FINISHED
+
+
 def list_sessions(given: argparse.Namespace, printer: Printer) -> int:
     """Lists sessions."""
     with _connected(given) as client:
@@ -217,6 +248,19 @@ def _text(argument: str | None) -> str:
     return sys.stdin.read()
 
 
+def _drift_texts(given: argparse.Namespace) -> list[DriftText]:
+    """The texts of a file of JSON lines; `-` reads standard input."""
+    try:
+        with (
+            contextlib.nullcontext(sys.stdin) if given.file == "-" else Path(given.file).open(encoding="utf-8") as lines
+        ):
+            return read_texts(lines, limit=given.limit)
+    except UnicodeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{given.file}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _options(given: argparse.Namespace) -> Options:
     """The sampling and stopping options of the command line."""
     options = {
@@ -257,6 +301,11 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "tokens", tokens, "show the tokens of a text")
     command.add_argument("text", nargs="?", help="the text; - or nothing reads standard input")
     command.add_argument("--special", action="store_true", help="take control tokens in the text as such")
+
+    command = _command(commands, "drift", drift, "measure how errors grow when a model goes on from its own tokens")
+    command.add_argument("file", metavar="FILE", help="conversations as JSON lines; - reads standard input")
+    command.add_argument("--limit", type=_positive, help="most conversations to take (default: all)")
+    command.add_argument("--longest", type=_positive, default=64, help="most tokens of each answer (default: 64)")
 
     sessions = commands.add_parser("sessions", help="look at sessions").add_subparsers(required=True, metavar="COMMAND")
     command = _command(sessions, "list", list_sessions, "list sessions, the newest first")
@@ -315,6 +364,12 @@ def _server(text: str) -> str:
 
 def _count(text: str) -> int:
     return _whole(text, 32)
+
+
+def _positive(text: str) -> int:
+    if not (number := _count(text)):
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return number
 
 
 def _seed(text: str) -> int:

@@ -6,6 +6,7 @@ terminals only, so that what a program reads is what was generated.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import TextIO
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from fermata.drift import DriftCurve, DriftSpan
 from fermata.errors import FermataError
 from fermata.events import Event, Finished, FinishReason, Started, Tokens
 from fermata.records import Session, SessionGeneration, TokenPiece
@@ -62,6 +64,16 @@ class Printer:
     def note(self, text: str) -> None:
         """Writes one line beside the output."""
         self.text_styled(self.errors, text, DIM)
+
+    def progress(self, done: int, total: int) -> None:
+        """Shows on one line of a terminal how far a long command is."""
+        if self.errors.isatty():
+            print(f"\r{done} of {total}", end="", file=self.errors, flush=True)
+
+    def end_progress(self) -> None:
+        """Takes that line away."""
+        if self.errors.isatty():
+            print("\r\x1b[K", end="", file=self.errors, flush=True)
 
     def failure(self, error: FermataError | str) -> None:
         """Writes why it did not work, in one line."""
@@ -194,6 +206,54 @@ def quote(piece: bytes) -> str:
         for character in text
     )
     return f'"{escaped}"'
+
+
+def drift_rows(curve: DriftCurve) -> list[tuple[str, ...]]:
+    """Rows of a table of errors along texts, one for each range of offsets, with a bar for each share."""
+    return [
+        (
+            str(span.first) if span.first == span.last else f"{span.first}-{span.last}",
+            str(span.tokens),
+            f"{span.teacher_forced:6.1%}",
+            _bar(span.teacher_forced),
+            f"{span.free_running:6.1%}",
+            _bar(span.free_running),
+            f"{span.gap:+.1%}",
+        )
+        for span in curve.ranges()
+    ]
+
+
+def drift_summary(curve: DriftCurve) -> str:
+    """What the curve comes to, in words."""
+    total = curve.total
+    return (
+        f"of {total.tokens} tokens in {curve.texts} texts the model misses {total.teacher_forced:.1%} when it is given "
+        f"the text so far and {total.free_running:.1%} when it goes on from its own: a gap of {total.gap:+.1%}"
+    )
+
+
+def drift_json(curve: DriftCurve) -> str:
+    """The curve, offset by offset, as one line of JSON."""
+
+    def counts(span: DriftSpan) -> dict[str, float]:
+        return {
+            "tokens": span.tokens,
+            "teacher_forced_errors": span.teacher_forced_errors,
+            "free_running_errors": span.free_running_errors,
+            "teacher_forced": span.teacher_forced,
+            "free_running": span.free_running,
+            "gap": span.gap,
+        }
+
+    offsets = [{"offset": span.first, **counts(span)} for span in curve.offsets]
+    return json.dumps({"texts": curve.texts, "total": counts(curve.total), "offsets": offsets})
+
+
+def _bar(share: float) -> str:
+    """A share as a bar of up to ten columns; what is not nothing can be seen."""
+    eighths = max(round(share * 80), 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].rstrip()
 
 
 def session_rows(sessions: Iterable[Session]) -> list[tuple[str, ...]]:
