@@ -6,6 +6,7 @@
 #   make fix       repair what lint and format can repair
 #   make bench     measure what each hop costs
 #   make faults    kill every kind of process at every offset of a stream
+#   make card      examine the built-in model and write its card   MODEL=folder takes another one
 #   make protos    generate the Python code of the protos
 #   make setup     only set up .venv     PYTHON=python3.12, CONSTRAINTS=other.txt
 #
@@ -16,6 +17,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 TESTS ?= tests
 WORKERS ?=
+MODEL ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts fix bench faults protos
+.PHONY: help setup run test check lint format types imports contracts fix bench faults card protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -88,6 +90,9 @@ faults: setup
 
 bench: setup
 	@$(BIN)/python -m tests.bench
+
+card: setup
+	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))
 
 protos: setup
 	@$(BIN)/python protos/generate.py

@@ -7,12 +7,15 @@ from outside and return again and again, so a teller has to look back at them. K
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from infra.models.tiny import words
-from infra.models.tiny.phrases import read_sections
+from infra.models.tiny.corpus import words
+from infra.models.tiny.corpus.phrases import read_sections
+from infra.models.tiny.corpus.wording import Exchange, Slots, vary
 
 _SECTIONS = read_sections("stories.txt")
+_REQUESTS = {title: blocks[0] for title, blocks in read_sections("story_requests.txt").items()}
 _OPENINGS, _HOMES, _DETAILS = (_SECTIONS.pop(title)[0] for title in ("openings", "homes", "details"))
 _PLOTS = [(beats, tuple(map(int, title.partition(":")[2].split()))) for title, beats in _SECTIONS.items()]
 """Each plot with those of its beats that a short story tells."""
@@ -36,14 +39,25 @@ class StoryRequest:
     length: str = "middle"
 
 
-def choose_animal(random_source: random.Random) -> str:
-    """Mostly an animal; sometimes any other word, because users ask for anything."""
-    return random_source.choice(words.ANIMALS) if random_source.random() < 0.8 else words.any_word(random_source)
+def asked_for(random_source: random.Random) -> Exchange:
+    """A story and how it was asked for; the animal and the object together are the task."""
+    return about_both(random_source) if random_source.random() < 0.7 else _asked(random_source, "open")
 
 
-def choose_object(random_source: random.Random) -> str:
-    """As `choose_animal`, of things."""
-    return random_source.choice(words.OBJECTS) if random_source.random() < 0.8 else words.any_word(random_source)
+def about_both(random_source: random.Random) -> Exchange:
+    """A story whose animal and object were asked for."""
+    return _asked(random_source, "both")
+
+
+def accepted(random_source: random.Random, talked_about: Mapping[str, str]) -> Exchange:
+    """A story that the assistant had offered, about what was talked about."""
+    request = replace(_request(random_source), name="")
+    request = replace(
+        request,
+        animal=talked_about.get("animal", request.animal),
+        object=talked_about.get("object", request.object),
+    )
+    return _told(random_source, request, vary(random_source, random_source.choice(_REQUESTS["accepted"])))
 
 
 def tell(random_source: random.Random, request: StoryRequest) -> str:
@@ -104,3 +118,36 @@ def _cast(random_source: random.Random, request: StoryRequest) -> dict[str, str]
         "Their": their.capitalize(),
         "themself": f"{them}self",
     }
+
+
+def _animal(random_source: random.Random) -> str:
+    """Mostly an animal; sometimes a person or any other word, because users ask for anything."""
+    draw = random_source.random()
+    if draw < 0.7:
+        return random_source.choice(words.ANIMALS)
+    return random_source.choice(words.HEROES) if draw < 0.82 else words.any_word(random_source)
+
+
+def _object(random_source: random.Random) -> str:
+    """As `_animal`, of things."""
+    return random_source.choice(words.OBJECTS) if random_source.random() < 0.8 else words.any_word(random_source)
+
+
+def _asked(random_source: random.Random, kind: str) -> Exchange:
+    request = _request(random_source)
+    form = random_source.choice(_REQUESTS[kind])
+    if "{name}" not in form:
+        request = replace(request, name="")
+    given = {"animal": request.animal, "object": request.object, "name": request.name, "length": request.length}
+    given["length"] = "" if request.length == "middle" else request.length
+    return _told(random_source, request, Slots(random_source, given).fill(form))
+
+
+def _request(random_source: random.Random) -> StoryRequest:
+    choose = random_source.choice
+    length = choose(("short", "middle", "middle", "long"))
+    return StoryRequest(_animal(random_source), _object(random_source), choose(words.NAMES), length)
+
+
+def _told(random_source: random.Random, request: StoryRequest, question: str) -> Exchange:
+    return Exchange(question, tell(random_source, request), f"story {request.animal} {request.object}")
