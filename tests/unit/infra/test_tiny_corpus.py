@@ -60,7 +60,7 @@ def test_the_first_lines_are_never_trained_on() -> None:
     lines = {normalised(line) for line in conversations.FIRST_LINES}
     assert len(set(conversations.FIRST_LINES)) == 40
     said = Counter(
-        normalised(text) for item in islice(conversations.training(4), 20000) for text in _said(item, "user")[:1]
+        normalised(text) for item in islice(conversations.training(4), 20000) for text in _said(item, "user")
     )
     assert sum(said.values()) > 15000
     assert not lines & said.keys()

@@ -61,10 +61,16 @@ def is_held_out(task: str) -> bool:
 
 
 def training(seed: int, practice: float = 0.0) -> Iterator[Conversation]:
-    """Conversations to learn from, without end; `practice` is the share of `Corpus.practice` among them."""
+    """Conversations to learn from, without end; `practice` is the share of `Corpus.practice` among them.
+
+    Judged by what was typed, since a slip may make a first line of another text.
+    """
     corpus = Corpus(seed, held_out=False)
     for conversation in corpus.conversations():
-        yield corpus.practice() if corpus.random_source.random() < practice else conversation
+        chosen = corpus.practice() if corpus.random_source.random() < practice else conversation
+        said = (normalised(message.content) for message in chosen.messages if message.role == "user")
+        if _FIRST_LINES.isdisjoint(said):
+            yield chosen
 
 
 def held_out(seed: int) -> Iterator[Conversation]:
@@ -130,7 +136,7 @@ class Corpus:
         return self.some(lambda source: skill(source, name))
 
     def _belongs(self, exchange: Exchange) -> bool:
-        return is_held_out(exchange.key) == self._held_out and normalised(exchange.user) not in _FIRST_LINES
+        return is_held_out(exchange.key) == self._held_out
 
     def _conversation(self) -> Conversation:
         """Chains one to six exchanges, or has something told first and asked for last."""
