@@ -10,6 +10,8 @@ Knows tensors and block numbers; nothing of sequences, prefixes or models.
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +32,8 @@ class KeyValueCache:
     [blocks, kv_heads, block_size, D]."""
 
     def __init__(self, layers: int, block_count: int, block_size: int, kv_heads: int, head_size: int) -> None:
-        # Zeros that nobody has written yet take no memory.
-        self.keys = [torch.zeros(block_count, kv_heads, head_size, block_size) for _ in range(layers)]
-        self.values = [torch.zeros(block_count, kv_heads, block_size, head_size) for _ in range(layers)]
+        self.keys = [_untouched(block_count, kv_heads, head_size, block_size) for _ in range(layers)]
+        self.values = [_untouched(block_count, kv_heads, block_size, head_size) for _ in range(layers)]
 
     def write(self, layer: int, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores key and value [R, kv_heads, D] of R positions, given by block and slot (int64 [R])."""
@@ -52,6 +53,12 @@ class KeyValueCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[blocks, :, :, slots] = torch.nan
             values[blocks, :, slots] = 0.0
+
+
+def _untouched(*shape: int) -> Tensor:
+    """Zeros that take no memory until they are written: `torch.zeros` writes them at once."""
+    memory = mmap.mmap(-1, _ITEM_SIZE * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def block_bytes(config: LlamaConfig, block_size: int) -> int:
