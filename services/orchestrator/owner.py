@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from services.common import failpoints, rpc
+from services.common.directory import Directory
 from services.common.errors import Draining, FermataError, FingerprintMismatch, OwnerChanged
 from services.common.types import Cursor, FinishReason, Tail
 from services.orchestrator.admissions import Admissions
@@ -47,7 +48,7 @@ class Owner:
     def __init__(
         self,
         store: SessionStore,
-        shards: Items[str],
+        shards: Directory,
         *,
         window: int,
         park_after: float,
@@ -57,7 +58,7 @@ class Owner:
 
         Args:
             store: of the logs.
-            shards: their addresses.
+            shards: who they are.
             window: tokens that a shard may run ahead (R11).
             park_after: seconds without a reader (R6).
             rewrite: brings a generation back into a store that lost it (R10).
@@ -282,13 +283,18 @@ class Owner:
                 self._mark_readers(generation)
 
     def on_ended(self, link: ShardLink, attempt: int, error: FermataError) -> None:
-        """An admission failed by itself: this choice alone ends, unless another owner took the shard's place."""
+        """An admission failed by itself: this choice alone ends, unless it is only wanted elsewhere."""
         admission = self.admissions.ended(attempt)
         if admission is None:
             return
         generation, sequence = admission
         if isinstance(error, OwnerChanged):
             self.lose(generation)
+            return
+        if isinstance(error, Draining):  # the admission and the news of it met on the way
+            self.admissions.release(generation)
+            if generation.wanted:
+                self.admit(generation)
             return
         log.warning("shard %s ended %s choice %d: %s", link.address, generation.name, sequence.choice, error)
         sequence.finish(FinishReason.ERROR, rpc.to_status(error).SerializeToString())
@@ -338,7 +344,7 @@ class Owner:
     def tick(self) -> None:
         """Called a few times per second."""
         now = time.monotonic()
-        for link in self.admissions.links:
+        for link in self.admissions.links.values():
             link.check_silence(now)
 
 

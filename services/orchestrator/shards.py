@@ -184,6 +184,7 @@ class ShardLink:
         """Hands one message to the listener."""
         arrived_ns = time.monotonic_ns()
         self._last_message = arrived_ns / 1e9
+        self._draining = response.draining
         for admitted in response.admitted:
             self._listener.on_admitted(self, admitted.attempt, admitted.cached_tokens)
         if response.steps:
@@ -192,4 +193,3 @@ class ShardLink:
             self._listener.on_ended(self, ended.attempt, rpc.from_status(ended.status))
         if response.HasField("load"):
             self._load = response.load
-        self._draining = response.draining

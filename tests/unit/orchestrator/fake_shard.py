@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from fermata.v1 import common_pb2
 from services.common import rpc
-from services.common.errors import FermataError
+from services.common.errors import Draining, FermataError
 from services.common.types import unpack_ids
 from services.shard.v1 import shard_pb2
 from services.shard.v1.shard_pb2_grpc import ShardServiceServicer, add_ShardServiceServicer_to_server
@@ -55,7 +55,7 @@ class FakeShard(ShardServiceServicer):
         pace: seconds per step.
         weights: part of the fingerprint.
         silent: says nothing any more, as a stopped process.
-        fail_at: output count at which every admission ends with this error.
+        fail_at: output count at which every admission ends with this error; with `Draining` it says that, too.
         admits, releases: what it was told.
         admitted: admissions that run now, by attempt.
     """
@@ -134,6 +134,7 @@ class FakeShard(ShardServiceServicer):
     def _step(self, mine: dict[int, Running]) -> shard_pb2.LinkResponse:
         """One token for each admission that has a grant."""
         response = shard_pb2.LinkResponse()
+        response.draining = self.fail_at is not None and isinstance(self.fail_at[1], Draining)
         step = shard_pb2.Step(number=1, departed_ns=1)
         for attempt, running in list(mine.items()):
             admit = running.admit

@@ -11,6 +11,7 @@ from fermata.v1 import common_pb2, generation_pb2
 from services.common import rpc
 from services.common.errors import (
     CursorOutOfRange,
+    Draining,
     GenerationNotFound,
     InvalidLogits,
     LogDiverged,
@@ -184,6 +185,20 @@ async def test_a_sequence_that_fails_ends_alone(house: House) -> None:
     terminal = reading.terminals[0]
     assert (terminal.finish_reason, terminal.count) == (common_pb2.FINISH_REASON_ERROR, 5)
     assert isinstance(rpc.from_status(terminal.error), InvalidLogits)
+
+
+async def test_an_admission_that_meets_a_draining_shard_goes_elsewhere(house: House) -> None:
+    """It is on its way when the shard says that it leaves, so the shard refuses it."""
+    spare = FakeShard()
+    await spare.start()
+    house.shard.fail_at = (0, Draining("this shard is about to leave"))
+    orchestrator = await house.orchestrator(spare)
+    while not house.shard.admits:  # a session prefers one of both by its name
+        reading = await read_all(orchestrator, await open_generation(orchestrator, n=3))
+        reasons = [terminal.finish_reason for terminal in reading.terminals.values()]
+        assert reasons == [common_pb2.FINISH_REASON_MAX_TOKENS] * 3
+        assert reading.ids[0] == EXPECTED[: len(reading.ids[0])]
+    await spare.drop()
 
 
 async def test_a_silent_shard_is_left(house: House) -> None:
