@@ -4,7 +4,7 @@
 #   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
-#   make bench     measure what each hop costs
+#   make bench     measure what each hop costs, and what Ray Serve costs
 #   make faults    kill every kind of process at every offset of a stream
 #   make card      examine the built-in model and write its card   MODEL=folder takes another one
 #   make protos    generate the Python code of the protos
@@ -86,10 +86,11 @@ fix: setup
 
 # `make test` does the same at eight seeded offsets per kind.
 faults: setup
-	@FERMATA_FAULT_OFFSETS=63 $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kills.py tests/pipeline
+	@FERMATA_FAULT_OFFSETS=63 $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kills.py tests/e2e/test_serve.py tests/pipeline
 
 bench: setup
 	@$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench.serve
 
 card: setup
 	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))

@@ -3,6 +3,7 @@
     fermata-server up        start it and stay until Ctrl-C; --detach returns when it is ready
     fermata-server down      end what `up` started in a state directory
     fermata-server status    list what runs; --json for programs
+    fermata-server restart   replace the processes of a service while the system serves
 
 Progress goes to standard error; standard output gets the one line `ready grpc://HOST:PORT` when the first request would
 be served. Knows the terminal and signals; what runs and how is `services.local`'s.
@@ -24,9 +25,10 @@ from typing import NoReturn
 
 from fermata import Options
 from fermata import cli as client
-from services.config import SystemConfig, load, process_environment, to_arguments
+from services.config import REPLICATED_SERVICES, SystemConfig, load, process_environment, to_arguments
 from services.local.errors import LocalError
 from services.local.keeper import log_tail
+from services.local.restart import restart as replace_all
 from services.local.serving import is_served
 from services.local.state import StateDirectory
 from services.local.status import status as describe
@@ -63,7 +65,6 @@ def up(arguments: Sequence[str]) -> int:
     """Runs a system until a signal."""
     parser = _parser("up", "starts a system on this machine and keeps it running until Ctrl-C")
     parser.add_argument("--detach", action="store_true", help="return when the system is ready")
-    parser.add_argument("--local", action="store_true", help="run the services as plain processes (what it does now)")
     parser.add_argument("--chat", action="store_true", help="chat with the model when ready")
     config, options = load(SystemConfig, arguments, parser=parser)
     if options.detach and options.chat:
@@ -100,7 +101,17 @@ def status(arguments: Sequence[str]) -> int:
     return 0 if description["deployments"] else 1
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"up": up, "down": down, "status": status}
+def restart(arguments: Sequence[str]) -> int:
+    """Replaces the processes of one service, one after the other."""
+    parser = _parser("restart", "replaces the processes of a service by fresh ones while the system serves")
+    parser.add_argument("service", choices=REPLICATED_SERVICES)
+    config, options = load(SystemConfig, arguments, parser=parser)
+    count = replace_all(StateDirectory(config.state_dir), options.service)
+    Progress()(f"{options.service}: {count} replaced")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"up": up, "down": down, "status": status, "restart": restart}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

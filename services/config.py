@@ -86,6 +86,7 @@ class SystemConfig:
     replicas: tuple[str, ...] = setting((), "replicas per service, like tokenizer=2,shard=2")
     testing: bool = setting(False, "allow failpoints and planted bugs")
     threads: int = setting(1, "compute threads of each shard")
+    local: bool = setting(False, "run the services as plain processes, without Ray")
 
     def __post_init__(self) -> None:
         """Refuses replicas that do not parse.
@@ -162,6 +163,18 @@ def load(
         return kind(**values), namespace
     except ValueError as error:
         parser.error(str(error))
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Builds a configuration from named values alone, as a configuration file of another program has them.
+
+    Raises:
+        ValueError: no setting has such a name, or a value does not parse.
+    """
+    types = typing.get_type_hints(kind)
+    if unknown := values.keys() - {item.name for item in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+        raise ValueError(f"no setting is named {', '.join(sorted(unknown))}")
+    return kind(**{name: _convert(value, types[name]) for name, value in values.items()})
 
 
 def to_arguments(config: Any) -> list[str]:

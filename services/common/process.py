@@ -1,7 +1,8 @@
-"""The life of a service's process: logging, the ready line, signals, and the stop with grace.
+"""The life of a service in its process: logging, the ready line, signals, and the stop with grace.
 
-Every `__main__` binds its server and hands it to `run`. Knows no service and no setting; failpoints and configuration
-stay with the caller.
+A service binds its server and hands it to `run`, together with the host that it lives in: a process of its own
+(`SignalHost`), or whatever else can say when it shall stop. Knows no service and no setting; failpoints and
+configuration stay with the caller.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from grpc import aio
 
@@ -21,21 +25,70 @@ STOP_GRACE = 10.0
 """Seconds from the first signal until calls that still run are cancelled."""
 
 
-def configure_logging(service: str) -> None:
-    """Sends the log to standard error, one line per event, with the service's name and process id."""
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a service tells its host once it serves.
+
+    Attributes:
+        ports: that it listens on; the last is its own alone.
+        load: how busy it is now, by name; cheap, safe on any thread.
+    """
+
+    ports: tuple[int, ...]
+    load: Callable[[], Mapping[str, float]]
+
+
+class Host(Protocol):
+    """What a service lives in."""
+
+    def ready(self, serving: Serving) -> None:
+        """The service serves from now on."""
+        ...
+
+    async def stopping(self) -> None:
+        """Returns when the service shall stop."""
+        ...
+
+
+class SignalHost:
+    """A process of its own, which SIGTERM or SIGINT ends.
+
+    Further signals change nothing: a terminal and a supervisor both send theirs when the user presses Ctrl-C once.
+    """
+
+    def __init__(self, ready_fd: int) -> None:
+        """Handles the signals from now on; needs a running event loop. `ready_fd`: see `announce`."""
+        self._ready_fd = ready_fd
+        self._stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+
+    def ready(self, serving: Serving) -> None:
+        """Tells whoever started the process."""
+        announce(serving.ports, self._ready_fd)
+
+    async def stopping(self) -> None:
+        """Waits for a signal."""
+        await self._stop.wait()
+
+
+def configure_logging(service: str, file: Path | None = None) -> None:
+    """Sends the log to a file or to standard error, one line per event, with the service's name and process id."""
     logging.basicConfig(
-        stream=sys.stderr,
+        handlers=[logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)],
+        force=file is not None,
         level=logging.INFO,
         format=f"%(asctime)s.%(msecs)03d %(levelname).1s {service}[{os.getpid()}] %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
 
 
-def announce(port: int | tuple[int, ...], ready_fd: int) -> None:
-    """Tells whoever started the process that it serves: the port as a line, then the descriptor is closed.
+def announce(ports: tuple[int, ...], ready_fd: int) -> None:
+    """Tells whoever started the process that it serves: the ports as a line, then the descriptor is closed.
 
     Args:
-        port: the bound port; several are told on one line.
+        ports: the bound ports.
         ready_fd: an inherited descriptor, usually a pipe; negative tells nobody.
 
     Raises:
@@ -44,40 +97,31 @@ def announce(port: int | tuple[int, ...], ready_fd: int) -> None:
     if ready_fd < 0:
         return
     with os.fdopen(ready_fd, "w") as pipe:
-        pipe.write(f"{_ports(port)}\n")
-
-
-def _ports(port: int | tuple[int, ...]) -> str:
-    return " ".join(map(str, port if isinstance(port, tuple) else (port,)))
+        pipe.write(f"{' '.join(map(str, ports))}\n")
 
 
 async def run(
     server: aio.Server,
-    port: int | tuple[int, ...],
-    ready_fd: int,
+    serving: Serving,
+    host: Host,
     *,
     on_stop: Callable[[], Awaitable[None]] | None = None,
     grace: float = STOP_GRACE,
 ) -> None:
-    """Starts a bound server, announces it, serves until SIGTERM or SIGINT, then stops with grace.
-
-    Further signals change nothing: a terminal and a supervisor both send theirs when the user presses Ctrl-C once.
+    """Starts a bound server, tells its host, serves until the host says stop, then stops with grace.
 
     Args:
         server: bound, with its services added, not yet started.
-        port: the bound port or ports, for the ready line.
-        ready_fd: see `announce`.
+        serving: what the host is told.
+        host: what the service lives in.
         on_stop: drains (R19): tells peers to leave and waits until they did. It is cut off when `grace` is over.
         grace: seconds for `on_stop` and for the calls that still run after it, together.
     """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     await server.start()
-    announce(port, ready_fd)
-    log.info("serving on port %s", _ports(port))
-    await stop.wait()
+    host.ready(serving)
+    log.info("serving on port %s", " ".join(map(str, serving.ports)))
+    await host.stopping()
     log.info("stopping")
     deadline = loop.time() + grace
     if on_stop is not None:

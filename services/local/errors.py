@@ -5,7 +5,9 @@ LocalError
 ├── PortTaken             somebody listens on the public port
 ├── NoSessionStore        no Valkey and no Redis server was found
 ├── StartFailed           a process ended before it was ready, twice
-└── Interrupted           a signal came while the system was starting
+├── Interrupted           a signal came while the system was starting
+├── NothingRuns           there is no system to work on
+└── RestartFailed         replicas were not replaced
 """
 
 from __future__ import annotations
@@ -33,3 +35,11 @@ class StartFailed(LocalError):
 
 class Interrupted(LocalError):
     """The start was called off."""
+
+
+class NothingRuns(LocalError):
+    """No system runs in the state directory."""
+
+
+class RestartFailed(LocalError):
+    """Replicas were not replaced in time."""

@@ -17,9 +17,10 @@ from services.local import valkey
 from services.local.keeper import Probe, Program, ReadyPipe
 
 STORE, SHARD, ORCHESTRATOR, TOKENIZER = "valkey", "shard", "orchestrator", "tokenizer"
-TIERS = (STORE, SHARD, ORCHESTRATOR, TOKENIZER)
-"""All that runs; each needs those before it."""
-MODULES: Mapping[str, str] = {service: f"services.{service}" for service in TIERS[1:]}
+HEAD, DEPLOYER = "ray", "serve"
+TIERS = (STORE, HEAD, DEPLOYER, SHARD, ORCHESTRATOR, TOKENIZER)
+"""All that runs; each needs those before it. Plain processes need no Ray, and Ray keeps the services by itself."""
+MODULES: Mapping[str, str] = {service: f"services.{service}" for service in (SHARD, ORCHESTRATOR, TOKENIZER)}
 """The Python module of each service."""
 
 INSIDE_HOST = "127.0.0.1"

@@ -62,6 +62,37 @@ def usage_of(process: ProcessName) -> Usage | None:
     return Usage(ticks / os.sysconf("SC_CLK_TCK"), int(fields[_RESIDENT_PAGES]) * os.sysconf("SC_PAGE_SIZE"))
 
 
+def using(folder: Path) -> list[ProcessName]:
+    """Processes of a folder: those that have it on their command line, and those whose output goes to a file in it.
+
+    Ray's own processes do the first and its workers the second, also when they have lost their parents.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid() and _uses(entry, str(folder)):
+            name = name_of(int(entry.name))
+            if name is not None:
+                found.append(name)
+    return found
+
+
+def title_of(process: ProcessName) -> str:
+    """The command line; Ray's workers write there what they run."""
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _uses(entry: Path, folder: str) -> bool:
+    try:
+        return folder in (entry / "cmdline").read_bytes().decode(errors="replace") or str(
+            (entry / "fd" / "1").readlink()
+        ).startswith(folder + "/")
+    except OSError:  # it is gone, or somebody else's
+        return False
+
+
 def end(processes: Sequence[ProcessName], grace: float) -> None:
     """Ends processes that may be anybody's children: SIGTERM, and SIGKILL for what still runs after `grace` seconds.
 

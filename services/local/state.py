@@ -4,6 +4,8 @@
     STATE/processes.json   what runs: names of processes that stay true after a reboot, addresses, states
     STATE/logs/            one log per process, appended to
     STATE/store/           data of the embedded session store
+    STATE/serve.json       what is deployed on Ray Serve, as `serve run` takes it
+    STATE/directory.json   which replicas Serve says are there
 
 The record is replaced as a whole at each change, so that a reader never sees half of one and the next `up` or `down`
 can clean up after an `up` that was killed. Knows files only.
@@ -60,6 +62,7 @@ class SystemRecord:
         address: the public HOST:PORT.
         ready: whether the first request would have been served at some time.
         sockets: paths of Unix sockets, removed when nothing uses them.
+        folder: Ray's own files; empty without Ray.
         processes: in the order in which they are needed: first the one that depends on nothing.
     """
 
@@ -67,6 +70,7 @@ class SystemRecord:
     address: str
     ready: bool = False
     sockets: tuple[str, ...] = ()
+    folder: str = ""
     processes: tuple[ProcessRecord, ...] = ()
 
     def with_process(
@@ -95,6 +99,7 @@ class SystemRecord:
             address=fields["address"],
             ready=fields["ready"],
             sockets=tuple(fields["sockets"]),
+            folder=fields["folder"],
             processes=tuple(_process_from(item) for item in fields["processes"]),
         )
 
@@ -107,6 +112,8 @@ class StateDirectory:
         logs: folder of the logs.
         log: the supervisor's own.
         store: folder of the session store's data.
+        schema: what is deployed on Ray Serve.
+        directory: which replicas Serve says are there.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -114,6 +121,8 @@ class StateDirectory:
         self.logs = self.path / "logs"
         self.log = self.logs / "up.log"
         self.store = self.path / "store"
+        self.schema = self.path / "serve.json"
+        self.directory = self.path / "directory.json"
         self._record = self.path / "processes.json"
         self._lock_file = self.path / "lock"
         self._lock: int | None = None

@@ -12,6 +12,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from services.local import plan, processes
+from services.local.replicas import serve_replicas
 from services.local.serving import served_model
 from services.local.state import ProcessRecord, ProcessState, StateDirectory, SystemRecord
 from services.orchestrator.v1 import orchestrator_pb2, orchestrator_pb2_grpc
@@ -38,12 +40,13 @@ def status(state: StateDirectory) -> dict[str, Any]:
     record = state.read()
     if record is None:
         return {"ready": False, "address": None, "model": None, "fingerprint": None, "deployments": {}}
-    with ThreadPoolExecutor(max_workers=len(record.processes) + 1) as pool:
+    items = [*record.processes, *(serve_replicas(Path(record.folder), state.directory) if record.folder else ())]
+    with ThreadPoolExecutor(max_workers=len(items) + 1) as pool:
         model = pool.submit(served_model, record.address)
-        described = list(pool.map(_describe, record.processes))
+        described = list(pool.map(_describe, items))
     served = model.result()
     deployments: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for item, description in zip(record.processes, described, strict=True):
+    for item, description in zip(items, described, strict=True):
         deployments[item.service].append(description)
     fingerprint = served.fingerprint if served is not None and served.HasField("fingerprint") else None
     return {

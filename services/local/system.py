@@ -1,13 +1,16 @@
-"""The supervisor: one system as plain processes on one machine.
+"""The supervisor: one system on one machine, on Ray Serve or as plain processes.
 
-Starts the session store, then all services at once (their addresses are known beforehand, see `ports`), keeps each
-running where it was, and ends them in the opposite order. Which programs there are is `plan`'s, how one is kept
-running `keeper`'s.
+Starts the session store, then either Ray's head and what deploys on it, or all services at once (their addresses are
+known beforehand, see `ports`), keeps each running where it was, and ends them in the opposite order. Which programs
+there are is `plan`'s and `cluster`'s, how one is kept running `keeper`'s.
 """
 
 from __future__ import annotations
 
+import json
 import queue
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from services.config import SystemConfig
-from services.local import plan, processes, valkey
+from services.local import cluster, plan, processes, valkey
 from services.local.errors import Interrupted, StartFailed
 from services.local.keeper import START_LIMIT, Change, Keeper, Program
 from services.local.ports import HeldPort
@@ -78,7 +81,6 @@ class System:
         Raises:
             LocalError: what `errors` lists; nothing is left running once the context has ended.
         """
-        counts = self._config.replica_counts()
         self._state.lock()
         self._resources.callback(self._state.unlock)
         end_leftovers(self._state, self._report)
@@ -87,14 +89,10 @@ class System:
         self._resources.callback(self._state.forget)
         self._update(replace(self._record, address=self.address))
         redis_url = self._config.redis_url or self._start_store()
-        addresses = plan.Addresses(
-            public=public.number,
-            shards=self._hold(plan.INSIDE_HOST, counts[plan.SHARD]),
-            orchestrators=self._hold(plan.INSIDE_HOST, counts[plan.ORCHESTRATOR]),
-            tokenizers=self._hold(self._config.host, counts[plan.TOKENIZER]),
-            redis_url=redis_url,
-        )
-        self._launch(plan.service_programs(self._config, addresses, self._environment, self._modules))
+        if self._config.local:
+            self._start_processes(public.number, redis_url)
+        else:
+            self._start_cluster(public.number, redis_url)
         self._wait_served()
         with self._recording:
             self._update(replace(self._record, ready=True))
@@ -146,6 +144,32 @@ class System:
         store = plan.store_program(server, path, self._state.store, self._environment)
         self._launch([store])
         return store.address
+
+    def _start_processes(self, public_port: int, redis_url: str) -> None:
+        """Starts the services as plain processes."""
+        counts = self._config.replica_counts()
+        addresses = plan.Addresses(
+            public=public_port,
+            shards=self._hold(plan.INSIDE_HOST, counts[plan.SHARD]),
+            orchestrators=self._hold(plan.INSIDE_HOST, counts[plan.ORCHESTRATOR]),
+            tokenizers=self._hold(self._config.host, counts[plan.TOKENIZER]),
+            redis_url=redis_url,
+        )
+        self._launch(plan.service_programs(self._config, addresses, self._environment, self._modules))
+
+    def _start_cluster(self, public_port: int, redis_url: str) -> None:
+        """Starts Ray and deploys the services on it."""
+        folder = Path(tempfile.mkdtemp(prefix="fermata-ray-"))  # short: it holds Unix sockets with long names
+        self._resources.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._record = replace(self._record, folder=str(folder))
+        self._resources.callback(lambda: processes.end(processes.using(folder), 0.0))
+        environment = cluster.environment_of(self._environment, testing=self._config.testing)
+        schema = cluster.schema(self._config, public_port, redis_url, self._state.logs, self._environment)
+        self._state.schema.write_text(json.dumps(schema, indent=1))
+        self._state.directory.unlink(missing_ok=True)
+        ports = self._hold(plan.INSIDE_HOST, cluster.HEAD_PORTS)
+        self._launch([cluster.head_program(ports, folder, environment)])
+        self._launch([cluster.deployer_program(ports[0], self._state.schema, self._state.directory, environment)])
 
     def _hold(self, host: str, count: int) -> Sequence[int]:
         return [self._resources.enter_context(HeldPort(host)).number for _ in range(count)]
@@ -212,6 +236,9 @@ def end_leftovers(state: StateDirectory, report: Report) -> bool:
         for process in left:
             report(f"ending {service} {process.pid}, left behind by an `up` that was killed")
         processes.end(left, STOP_GRACE)
+    if record.folder:
+        processes.end(processes.using(Path(record.folder)), 0.0)
+        shutil.rmtree(record.folder, ignore_errors=True)
     for path in record.sockets:
         valkey.remove_socket(Path(path), state.path)
     state.forget()

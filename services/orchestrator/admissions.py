@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from collections.abc import Sequence as Items
 
+from services.common.directory import Directory
 from services.common.errors import FingerprintMismatch, NoShard
 from services.orchestrator.convert import admit_message
 from services.orchestrator.generation import Generation
@@ -16,25 +16,46 @@ from services.orchestrator.placement import ShardView, choose_shard
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.shards import LinkListener, ShardLink
 
+DIRECTORY_INTERVAL = 0.1
+"""Seconds between looks at who is there."""
+
 
 class Admissions:
     """All admissions of this process.
 
     Attributes:
-        links: one per shard.
+        links: by address: to each shard that the directory knows, and to those that have left it but still answer.
     """
 
-    def __init__(self, shards: Items[str], listener: LinkListener, *, window: int) -> None:
+    def __init__(self, shards: Directory, listener: LinkListener, *, window: int) -> None:
         """`window` is how many tokens a shard may run ahead; `listener` is told what the links say."""
-        self.links = [ShardLink(address, listener) for address in shards]
+        self.links: dict[str, ShardLink] = {}
+        self._shards, self._listener = shards, listener
         self._window = window
         self._admitted: dict[int, tuple[Generation, Sequence]] = {}
         self._linked = asyncio.Event()
 
+    async def run(self) -> None:
+        """Keeps a link to every shard until cancelled.
+
+        A link that lives is kept although its shard has left the directory: the shard drains, and says so itself.
+        """
+        tasks: dict[str, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as group:
+            while True:
+                known = set(self._shards.addresses())
+                for address in known - tasks.keys():
+                    link = self.links[address] = ShardLink(address, self._listener)
+                    tasks[address] = group.create_task(link.run(), name=f"link to {address}")
+                for address in [item for item in tasks.keys() - known if not self.links[item].ready]:
+                    tasks.pop(address).cancel()
+                    del self.links[address]
+                await asyncio.sleep(DIRECTORY_INTERVAL)
+
     @property
     def context_length(self) -> int:
         """Most tokens of a sequence; 0 while no shard was ever seen."""
-        return max((link.context_length for link in self.links), default=0)
+        return max((link.context_length for link in self.links.values()), default=0)
 
     def preferred_link(self, session: str = "") -> ShardLink:
         """The shard that a session would begin on now.
@@ -45,7 +66,7 @@ class Admissions:
         view = choose_shard(self._views(), session=session, fingerprint=None, exact=False)
         if view is None:
             raise NoShard("no shard answers; retry", retry_delay=1.0)
-        return self._link(view.address)
+        return self.links[view.address]
 
     def linked(self) -> None:
         """A link became ready."""
@@ -80,7 +101,7 @@ class Admissions:
             if views and generation.spec.exact:
                 raise FingerprintMismatch("no shard has the fingerprint that this generation began on")
             return False
-        link = self._link(view.address)
+        link = self.links[view.address]
         leader: int | None = None
         for sequence in running:
             sequence.granted = sequence.count + self._window
@@ -136,7 +157,4 @@ class Admissions:
         return orphaned
 
     def _views(self) -> list[ShardView]:
-        return [link.view for link in self.links if link.ready]
-
-    def _link(self, address: str) -> ShardLink:
-        return next(link for link in self.links if link.address == address)
+        return [link.view for link in self.links.values() if link.ready]

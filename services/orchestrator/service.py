@@ -66,8 +66,7 @@ class OrchestratorService(OrchestratorServiceServicer):
         """
         await self.store.connect()
         parts = [self.owner.writer.run(), self.recovery.keep_lease(), self.recovery.sweep(), self.tick()]
-        links = [link.run() for link in self.owner.admissions.links]
-        self._tasks = [group.create_task(part) for part in (*parts, *links)]
+        self._tasks = [group.create_task(part) for part in (*parts, self.owner.admissions.run())]
         await self.owner.admissions.first_link(FIRST_LINK_TIMEOUT)
 
     async def stop(self) -> None:
@@ -76,6 +75,10 @@ class OrchestratorService(OrchestratorServiceServicer):
             task.cancel()
         await asyncio.wait(self._tasks)
         await self.store.close()
+
+    def load(self) -> dict[str, float]:
+        """How busy this process is."""
+        return {"generations": len(self.owner.generations), "links": len(self._streams)}
 
     # --- generations -------------------------------------------------------------------------------------------
 
@@ -183,7 +186,7 @@ class OrchestratorService(OrchestratorServiceServicer):
         self, request: orchestrator_pb2.IdentifyRequest, context: rpc.Context
     ) -> orchestrator_pb2.IdentifyResponse:
         """Who this is: the answer that tells a prober that an owner lives (R9)."""
-        link = next((link for link in self.owner.admissions.links if link.ready), None)
+        link = next((link for link in self.owner.admissions.links.values() if link.ready), None)
         return orchestrator_pb2.IdentifyResponse(
             process_id=self._process_id,
             version=VERSION,

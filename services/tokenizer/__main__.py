@@ -1,133 +1,20 @@
-"""`python -m services.tokenizer`: one tokenizer process, the public face of the system.
-
-Knows how the parts are put together; `service.py` serves.
-"""
+"""`python -m services.tokenizer`: one tokenizer as a plain process."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 
-from google.protobuf.descriptor import FileDescriptor
-from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
-from fermata.v1 import generation_pb2, model_pb2, session_pb2, text_pb2
-from fermata.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from fermata.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
-from fermata.v1.session_pb2_grpc import add_SessionServiceServicer_to_server
-from fermata.v1.text_pb2_grpc import add_TokenizerServiceServicer_to_server
-from services.common import failpoints, process, rpc
-from services.common.directory import Directory, StaticDirectory
-from services.common.errors import Draining
-from services.common.model_folder import find_model
+from services.common import failpoints, process
+from services.common.directory import StaticDirectory
 from services.config import TokenizerConfig, load, process_environment
-from services.tokenizer.codec import Codec
-from services.tokenizer.orchestrators import Orchestrators
-from services.tokenizer.reader import Face
-from services.tokenizer.readers import Readers
-from services.tokenizer.service import GenerationService, ModelService, SessionService, TokenizerService
-
-MOST_ENDPOINTS = 4
-"""Addresses that clients are told: this process's own and up to three others (R18)."""
-LAST_CALL = 1.0
-"""Seconds before the end of the grace at which streams that did not move are told to."""
-
-_FILES: tuple[FileDescriptor, ...] = (
-    generation_pb2.DESCRIPTOR,
-    session_pb2.DESCRIPTOR,
-    text_pb2.DESCRIPTOR,
-    model_pb2.DESCRIPTOR,
-)
-SERVICE_NAMES = tuple(name for file in _FILES for name in (f"{file.package}.{item}" for item in file.services_by_name))
+from services.tokenizer.serving import serve
 
 
-class Tokenizer:
-    """All that one process consists of, bound to its ports but not yet serving.
-
-    Attributes:
-        server: serves both ports.
-        public_port: shared with the other tokenizers of the node.
-        own_port: this process's alone.
-        readers: the open streams.
-    """
-
-    def __init__(self, config: TokenizerConfig, codec: Codec, directory: Directory) -> None:
-        """Binds the ports.
-
-        Raises:
-            OSError: a port is taken.
-        """
-        self.server = rpc.public_server(reuse_port=True)
-        self.public_port = rpc.bind(self.server, config.host, config.public_port)
-        self.own_port = rpc.bind(self.server, config.host, config.port)
-        self._orchestrators = Orchestrators(directory)
-        face = Face(codec.vocabulary, codec.facts.eos_token_ids, endpoints_of(config, self.own_port))
-        self.readers = Readers(self._orchestrators, face)
-        self._health = health.aio.HealthServicer()
-        _add_services(self.server, codec, self._orchestrators, self.readers, self._health)
-        self._ticker: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Begins to keep time and to say that all is well; the server itself is started by who runs it."""
-        for name in ("", *SERVICE_NAMES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._ticker = asyncio.create_task(self.readers.tick(), name="ticker")
-
-    async def drain(self) -> None:
-        """R19: nothing new comes in, streams are told to move, and shortly before the end of the grace they must."""
-        await self._health.enter_graceful_shutdown()
-        self.readers.drain()
-        error = Draining("this tokenizer leaves; resume at another one")
-        asyncio.get_running_loop().call_later(process.STOP_GRACE - LAST_CALL, self.readers.end_all, error)
-
-    async def close(self) -> None:
-        """Ends what `start` began."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-        await self._orchestrators.close()
-
-
-def _add_services(
-    server: aio.Server,
-    codec: Codec,
-    orchestrators: Orchestrators,
-    readers: Readers,
-    health_servicer: health.aio.HealthServicer,
-) -> None:
-    add_GenerationServiceServicer_to_server(GenerationService(codec, orchestrators, readers), server)
-    add_SessionServiceServicer_to_server(SessionService(orchestrators), server)
-    add_TokenizerServiceServicer_to_server(TokenizerService(codec), server)
-    add_ModelServiceServicer_to_server(ModelService(codec, orchestrators), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-
-
-def endpoints_of(config: TokenizerConfig, own_port: int) -> list[str]:
-    """What clients are told: this process first."""
-    host = config.advertised_host or config.host
-    if host in ("0.0.0.0", "::", "[::]"):
-        host = socket.gethostname()
-    own = f"{host}:{own_port}"
-    return [own, *(endpoint for endpoint in config.endpoints if endpoint != own)][:MOST_ENDPOINTS]
-
-
-async def serve(config: TokenizerConfig, codec: Codec) -> None:
-    """Runs until a signal.
-
-    Raises:
-        OSError: a port is taken.
-    """
-    tokenizer = Tokenizer(config, codec, StaticDirectory(config.orchestrators))
-    await tokenizer.start()
-    ports = (tokenizer.public_port, tokenizer.own_port)
-    try:
-        await process.run(tokenizer.server, ports, config.ready_fd, on_stop=tokenizer.drain)
-    finally:
-        await tokenizer.close()
+async def run(config: TokenizerConfig) -> None:
+    """Serves until a signal."""
+    host = process.SignalHost(config.ready_fd)
+    await serve(config, host, StaticDirectory(config.orchestrators), StaticDirectory(config.endpoints))
 
 
 def main() -> int:
@@ -136,8 +23,7 @@ def main() -> int:
     failpoints.configure(process_environment(), testing=config.testing)
     process.configure_logging("tokenizer")
     try:
-        codec = Codec.load(find_model(config.model))
-        asyncio.run(serve(config, codec))
+        asyncio.run(run(config))
     except (OSError, ValueError) as error:
         print(f"tokenizer: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from fermata.v1 import common_pb2, generation_pb2
 from services.common import failpoints
+from services.common.directory import Directory
 from services.common.errors import FermataError, InternalError, SlowReader
 from services.common.vocabulary import Vocabulary
 from services.orchestrator.v1 import orchestrator_pb2
@@ -23,6 +24,7 @@ from services.tokenizer.events import ResponseType, TokensEvent
 from services.tokenizer.reading import Arrived, ChoiceReading
 from services.tokenizer.route import Route
 
+MOST_ENDPOINTS = 4
 HEARTBEAT_INTERVAL = 1.0
 """Seconds of silence after which a heartbeat is sent (R7)."""
 SLOW_LIMIT = 10.0
@@ -36,14 +38,21 @@ class Face:
     Attributes:
         vocabulary: bytes of each id.
         eos_token_ids: the model's own end tokens.
-        endpoints: addresses that can resume, this process's own first (R18).
+        own: the address that this process has alone.
+        others: addresses of all that can resume.
         draining: this process is about to leave (R19).
     """
 
     vocabulary: Vocabulary
     eos_token_ids: Sequence[int]
-    endpoints: Sequence[str]
+    own: str
+    others: Directory
     draining: bool = False
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Addresses that clients are told: this process's own and up to three others (R18)."""
+        return [self.own, *(address for address in self.others.addresses() if address != self.own)][:MOST_ENDPOINTS]
 
 
 @dataclass(frozen=True, slots=True)

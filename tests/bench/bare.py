@@ -37,7 +37,8 @@ async def serve(ready_fd: int) -> None:
     """Serves until a signal."""
     server = rpc.inside_server()
     add_GenerationServiceServicer_to_server(BareService(), server)  # type: ignore[abstract]
-    await process.run(server, rpc.bind(server, "127.0.0.1", 0), ready_fd)
+    serving = process.Serving((rpc.bind(server, "127.0.0.1", 0),), lambda: {})
+    await process.run(server, serving, process.SignalHost(ready_fd))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import time
 from services.common.sampling import Row
 from services.common.types import SamplingProgram
 from services.config import ShardConfig
-from services.shard.__main__ import build
 from services.shard.engine import Commands, Engine, Report
 from services.shard.sequence import Admission
+from services.shard.serving import build
 from tests.bench.workload import Workload
 
 

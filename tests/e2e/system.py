@@ -45,7 +45,7 @@ def is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -54,14 +54,17 @@ class UpSystem:
 
     Attributes:
         state: its state directory.
+        local: run plain processes instead of Ray Serve.
         address: of the public port.
         process: of `up`.
         ready_seconds: that it took to the ready line.
     """
 
-    def __init__(self, state: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        self.state = state
-        self._arguments = arguments
+    def __init__(
+        self, state: Path, *arguments: str, local: bool = True, environment: dict[str, str] | None = None
+    ) -> None:
+        self.state, self.local = state, local
+        self._arguments = (*arguments, "--local") if local else arguments
         self._environment = environment or {}
         self.address = ""
         self.ready_seconds = 0.0
@@ -101,7 +104,7 @@ class UpSystem:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return status
@@ -118,6 +121,11 @@ class UpSystem:
         """Of all processes that `up` started."""
         replicas = self.status()["deployments"].values()
         return [item["pid"] for items in replicas for item in items if item["pid"] is not None]
+
+    def ray_folder(self) -> Path | None:
+        """Where Ray keeps its sockets and logs; None without Ray."""
+        folder = json.loads((self.state / "processes.json").read_text())["folder"]
+        return Path(folder) if folder else None
 
     def pid_at(self, address: str) -> int:
         """Of the process that serves at an address."""
@@ -142,10 +150,16 @@ class UpSystem:
 
     def wait_whole(self) -> None:
         """Waits until every replica runs again."""
+        counts = self._arguments[self._arguments.index("--replicas") + 1] if "--replicas" in self._arguments else ""
+        wanted = {
+            service: int(count) for service, _, count in (part.partition("=") for part in counts.split(",") if part)
+        }
 
         def whole() -> bool:
             description = self.status()
-            states = [item["state"] for items in description["deployments"].values() for item in items]
-            return bool(description["ready"]) and set(states) == {"RUNNING"}
+            deployments = description["deployments"]
+            states = {item["state"] for items in deployments.values() for item in items}
+            complete = all(len(deployments.get(service, ())) >= count for service, count in wanted.items())
+            return bool(description["ready"]) and states == {"RUNNING"} and complete
 
         wait_for(whole, 60, "a whole system")

@@ -7,38 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fermata.aio import AsyncClient
 from fermata.events import Tokens
-from tests.e2e.system import BIN, UpSystem, client, is_running, wait_for
-from tests.history import History, Output, check, check_text
-from tests.pipeline.house import read, undisturbed
-
-LENGTH = 64
-OFFSETS = int(os.environ.get("FERMATA_FAULT_OFFSETS", "8"))
+from tests.e2e.kills import KILLS, LENGTH, OFFSETS, REQUEST, killed_at, request_with_stop, seeded_offsets
+from tests.e2e.system import BIN, UpSystem, client
+from tests.history import History, check, check_text
+from tests.pipeline.house import read
 
 pytestmark = pytest.mark.timeout(60 * OFFSETS)
-
-REQUEST: dict[str, Any] = {
-    "token_ids": [20, 30, 40, 50],
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "seed": 11,
-    "n": 3,
-    "repetition_penalty": 1.1,
-    "presence_penalty": 0.3,
-    "frequency_penalty": 0.2,
-    "ignore_eos": True,
-    "max_tokens": LENGTH,
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,53 +29,6 @@ def system(tmp_path_factory: pytest.TempPathFactory, random_model_folder: Path) 
     state, replicas = tmp_path_factory.mktemp("kills") / "state", "tokenizer=2,orchestrator=2,shard=1"
     with UpSystem(state, "--replicas", replicas, "--model", str(random_model_folder)) as system:
         yield system
-
-
-def seeded_offsets(kind: str) -> list[int]:
-    """The same ones in every run."""
-    return sorted(random.Random(kind).sample(range(1, LENGTH), min(OFFSETS, LENGTH - 1)))
-
-
-async def request_with_stop(address: str) -> tuple[dict[str, Any], dict[int, Output]]:
-    """The request with a stop string that choice 0 meets late, and its undisturbed run."""
-    text = (await undisturbed(address, REQUEST))[0].text
-    place = next(place for place in range(len(text) // 2, len(text)) if text.find(text[place : place + 3]) == place)
-    options = REQUEST | {"stop": [text[place : place + 3]]}
-    return options, await undisturbed(address, options)
-
-
-async def killed_at(
-    system: UpSystem, offset: int, kill: Callable[[str], int], options: dict[str, Any]
-) -> tuple[History, str]:
-    """Reads the request; at an offset of any choice something is killed."""
-    history = History()
-    async with AsyncClient(system.address, give_up_after=30.0) as reader:
-        stream = reader.stream(**options)
-        killed: list[int] = []
-
-        async def watch() -> None:
-            while len(stream.token_ids) < offset and not stream.complete:  # noqa: ASYNC110 - the stream tells nobody
-                await asyncio.sleep(0)
-            killed.append(await asyncio.to_thread(kill, stream.session_id))
-
-        watching = asyncio.create_task(watch())
-        await asyncio.wait_for(read(stream, history, "reader"), 60)
-        await watching
-        wait_for(lambda: not is_running(killed[0]), 5, "the kill")
-        return history, stream.generation_id
-
-
-def kill_owner(system: UpSystem, session_id: str) -> int:
-    pid = system.owner_pid(session_id)
-    os.kill(pid, signal.SIGKILL)
-    return pid
-
-
-KILLS: dict[str, Callable[[UpSystem, str], int]] = {
-    "orchestrator": kill_owner,
-    "tokenizer": lambda system, session_id: system.kill("tokenizer", 0),
-    "shard": lambda system, session_id: system.kill("shard", 0),
-}
 
 
 @pytest.mark.parametrize("kind", KILLS)

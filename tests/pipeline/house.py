@@ -21,14 +21,14 @@ from fermata.events import Finished, Started, Tokens
 from services.common import failpoints, rpc
 from services.common.directory import StaticDirectory
 from services.config import OrchestratorConfig, ShardConfig, TokenizerConfig
-from services.orchestrator.__main__ import build as build_orchestrator
 from services.orchestrator.service import OrchestratorService
+from services.orchestrator.serving import build as build_orchestrator
 from services.orchestrator.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
-from services.shard.__main__ import build as build_shard
 from services.shard.service import ShardService
+from services.shard.serving import build as build_shard
 from services.shard.v1.shard_pb2_grpc import add_ShardServiceServicer_to_server
-from services.tokenizer.__main__ import Tokenizer
 from services.tokenizer.codec import Codec
+from services.tokenizer.serving import Tokenizer
 from tests.history import History, Output, Record
 from tests.valkey import Valkey, start_valkey
 
@@ -130,12 +130,10 @@ class House:
     async def start_orchestrator(self, index: int) -> None:
         """Starts an orchestrator where it was before, as a new process."""
         name = f"orchestrator {index}"
-        config = OrchestratorConfig(
-            model=self.model, redis_url=self.store.url, shards=(f"127.0.0.1:{self.ports['shard']}",), **self.settings
-        )
+        config = OrchestratorConfig(model=self.model, redis_url=self.store.url, **self.settings)
         server = rpc.inside_server()
         port = self.ports[name] = rpc.bind(server, config.host, self.ports.get(name, 0))
-        service = build_orchestrator(config, port)
+        service = build_orchestrator(config, port, StaticDirectory([f"127.0.0.1:{self.ports['shard']}"]))
         add_OrchestratorServiceServicer_to_server(service, server)
         await service.start(self._group)
         await server.start()
@@ -159,8 +157,8 @@ class House:
         """Starts a tokenizer where it was before; 0 tells clients of 1."""
         name, orchestrators = f"tokenizer {index}", [f"127.0.0.1:{self.ports[f'orchestrator {i}']}" for i in range(2)]
         endpoints = (f"127.0.0.1:{self.ports['tokenizer 1']}",) if index == 0 else ()
-        config = TokenizerConfig(model=self.model, port=self.ports.get(name, 0), public_port=0, endpoints=endpoints)
-        tokenizer = Tokenizer(config, self._codec, StaticDirectory(orchestrators))
+        config = TokenizerConfig(model=self.model, port=self.ports.get(name, 0), public_port=0)
+        tokenizer = Tokenizer(config, self._codec, StaticDirectory(orchestrators), StaticDirectory(endpoints))
         self.ports[name] = tokenizer.own_port
         await tokenizer.start()
         await tokenizer.server.start()

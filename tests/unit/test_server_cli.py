@@ -36,7 +36,8 @@ class Server:
 
     def command(self, name: str, *flags: str) -> list[str]:
         port = ["--port=0"] if name == "up" and not any(flag.startswith("--port") for flag in flags) else []
-        return [sys.executable, str(FAKE_UP), name, f"--state-dir={self.state.path}", *port, *flags]
+        local = ["--local"] if name == "up" else []
+        return [sys.executable, str(FAKE_UP), name, f"--state-dir={self.state.path}", *local, *port, *flags]
 
     def environment(self, **more: str) -> dict[str, str]:
         paths = os.pathsep.join([str(ROOT), str(FAKE_UP.parent)])

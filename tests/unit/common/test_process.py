@@ -28,7 +28,8 @@ async def leave():
 async def main():
     server = rpc.inside_server()
     port = rpc.bind(server, "127.0.0.1", 0)
-    await process.run(server, port, int(sys.argv[1]), on_stop=leave, grace=0.5)
+    serving, host = process.Serving((port,), dict), process.SignalHost(int(sys.argv[1]))
+    await process.run(server, serving, host, on_stop=leave, grace=0.5)
     print("after", flush=True)
 
 process.configure_logging("example")
@@ -98,4 +99,4 @@ def test_who_does_not_leave_is_cut_off(started: list[Served]) -> None:
 
 
 def test_nobody_is_told_without_a_descriptor() -> None:
-    process.announce(1234, -1)
+    process.announce((1234,), -1)

@@ -37,7 +37,7 @@ def environment(**more: str) -> dict[str, str]:
 def system(state: StateDirectory, *, report: list[str] | None = None, **settings: Any) -> System:
     variables: Mapping[str, str] = settings.pop("environment", environment())
     return System(
-        SystemConfig(**{"port": 0, "state_dir": str(state.path), **settings}),
+        SystemConfig(**{"port": 0, "local": True, "state_dir": str(state.path), **settings}),
         environment=variables,
         report=(report if report is not None else []).append,
         is_served=accepts,

@@ -16,11 +16,12 @@ from grpc import aio
 
 from fermata.v1 import common_pb2
 from services.common import rpc
+from services.common.directory import StaticDirectory
 from services.common.errors import FermataError
 from services.common.types import pack_ids
 from services.config import OrchestratorConfig
-from services.orchestrator.__main__ import build
 from services.orchestrator.service import OrchestratorService
+from services.orchestrator.serving import build
 from services.orchestrator.v1 import orchestrator_pb2 as pb
 from services.orchestrator.v1.orchestrator_pb2_grpc import (
     OrchestratorServiceStub,
@@ -101,10 +102,10 @@ class Starter:
 
     async def start(self, folder: Path, redis_url: str, shards: Sequence[str], **settings: float) -> Orchestrator:
         """One orchestrator; `settings` are fields of its configuration."""
-        config = OrchestratorConfig(model=str(folder), redis_url=redis_url, shards=tuple(shards), **settings)  # type: ignore[arg-type]
+        config = OrchestratorConfig(model=str(folder), redis_url=redis_url, **settings)  # type: ignore[arg-type]
         server = rpc.inside_server()
         port = rpc.bind(server, config.host, 0)
-        service = build(config, port)
+        service = build(config, port, StaticDirectory(shards))
         add_OrchestratorServiceServicer_to_server(service, server)
         await service.start(self._group)
         await server.start()

@@ -23,8 +23,8 @@ from services.common.directory import StaticDirectory
 from services.common.errors import FermataError
 from services.config import TokenizerConfig
 from services.orchestrator.v1 import orchestrator_pb2 as pb
-from services.tokenizer.__main__ import Tokenizer
 from services.tokenizer.codec import Codec
+from services.tokenizer.serving import Tokenizer
 from tests.unit.tokenizer.fake_orchestrator import FakeGeneration, FakeLog, FakeOrchestrator
 
 TEXT = "Zwölf Boxkämpfer jagen Viktor. 日本語のテキスト。 Привет, мир! 🎵🎶 The end."
@@ -70,7 +70,7 @@ async def house_of(
     *,
     orchestrators: int = 1,
     channel_options: Sequence[tuple[str, int]] = (),
-    **settings: object,
+    endpoints: Sequence[str] = (),
 ) -> AsyncIterator[House]:
     """A house whose generations put out `outputs`, all of it logged at once, or what a function says."""
 
@@ -85,8 +85,9 @@ async def house_of(
     fakes = [FakeOrchestrator(log) for _ in range(orchestrators)]
     for fake in fakes:
         await fake.start()
-    config = TokenizerConfig(model="", public_port=0, **settings)  # type: ignore[arg-type]
-    tokenizer = Tokenizer(config, codec, StaticDirectory([fake.address for fake in fakes]))
+    config = TokenizerConfig(model="", public_port=0)
+    known = StaticDirectory([fake.address for fake in fakes])
+    tokenizer = Tokenizer(config, codec, known, StaticDirectory(endpoints))
     await tokenizer.start()
     await tokenizer.server.start()
     channel = aio.insecure_channel(f"127.0.0.1:{tokenizer.public_port}", options=list(channel_options))

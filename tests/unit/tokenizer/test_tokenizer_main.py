@@ -18,10 +18,13 @@ from fermata.v1 import generation_pb2 as public
 from fermata.v1 import text_pb2
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.text_pb2_grpc import TokenizerServiceStub
+from services.common.directory import StaticDirectory
+from services.common.vocabulary import Vocabulary
 from services.config import TokenizerConfig
 from services.orchestrator.v1 import orchestrator_pb2 as pb
-from services.tokenizer.__main__ import Tokenizer, endpoints_of
 from services.tokenizer.codec import Codec
+from services.tokenizer.reader import Face
+from services.tokenizer.serving import Tokenizer, advertised_host
 from tests.unit.tokenizer.fake_orchestrator import FakeGeneration, FakeLog, FakeOrchestrator
 from tests.unit.tokenizer.house import Received
 
@@ -150,11 +153,11 @@ async def test_what_keeps_it_from_starting(arguments: tuple[str, ...], model_fol
 
 
 def test_the_endpoints_that_clients_are_told() -> None:
-    config = TokenizerConfig(host="10.0.0.1", endpoints=("a:1", "10.0.0.1:5", "b:1", "c:1", "d:1"))
-    assert endpoints_of(config, 5) == ["10.0.0.1:5", "a:1", "b:1", "c:1"]
-    named = TokenizerConfig(host="0.0.0.0", advertised_host="public.example")
-    assert endpoints_of(named, 5) == ["public.example:5"]
-    assert endpoints_of(TokenizerConfig(host="0.0.0.0"), 5)[0] not in ("0.0.0.0:5", ":5")
+    face = Face(Vocabulary([], {}), (), "10.0.0.1:5", StaticDirectory(["a:1", "10.0.0.1:5", "b:1", "c:1", "d:1"]))
+    assert face.endpoints == ["10.0.0.1:5", "a:1", "b:1", "c:1"]
+    assert advertised_host(TokenizerConfig(host="10.0.0.1")) == "10.0.0.1"
+    assert advertised_host(TokenizerConfig(host="0.0.0.0", advertised_host="public.example")) == "public.example"
+    assert advertised_host(TokenizerConfig(host="0.0.0.0")) not in ("0.0.0.0", "")
 
 
 async def test_a_port_that_is_taken_is_an_error(codecs: Mapping[str, Codec]) -> None:
@@ -164,12 +167,5 @@ async def test_a_port_that_is_taken_is_an_error(codecs: Mapping[str, Codec]) -> 
     for taken in ({"port": port}, {"public_port": port}):
         config = TokenizerConfig(model="", **{"public_port": 0, **taken})  # type: ignore[arg-type]
         with pytest.raises(OSError, match="cannot listen"):
-            Tokenizer(config, codecs["chatml"], StaticNobody())
+            Tokenizer(config, codecs["chatml"], StaticDirectory([]), StaticDirectory([]))
     await orchestrator.stop()
-
-
-class StaticNobody:
-    """A directory without anybody."""
-
-    def addresses(self) -> list[str]:
-        return []
