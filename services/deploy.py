@@ -30,8 +30,7 @@ from services.app import APPLICATION, DEPLOYMENTS
 from services.common import process
 from services.replica import CANNOT_START, ReplicaFacts, ServeDirectory
 
-_LOOK_INTERVAL = 0.05
-_START_INTERVAL = 0.2
+_LOOK_INTERVAL = 0.2
 _HEAD_INTERVAL = 1.0
 _LEFT_KEPT = 32
 
@@ -96,7 +95,7 @@ class Watch:
                 self._write(found)
             if all(len(found[service]) >= self._wanted[name] for service, name in DEPLOYMENTS.items()):
                 self.complete.set()
-            await asyncio.sleep(_LOOK_INTERVAL if self.complete.is_set() else _START_INTERVAL)
+            await asyncio.sleep(_LOOK_INTERVAL)
             if not self.complete.is_set():
                 self._deployed()
 

@@ -98,7 +98,7 @@ def replacement_seconds(system: UpSystem, service: str) -> float:
     killed = system.kill(service)
     began = time.monotonic()
     while True:
-        replicas = system.status()["deployments"][service]
+        replicas = system.status()["deployments"].get(service, [])
         if [item["state"] for item in replicas] == ["RUNNING"] and replicas[0]["pid"] != killed:
             return time.monotonic() - began
 
