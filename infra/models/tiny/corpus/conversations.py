@@ -195,10 +195,11 @@ def _town_follow_up(random_source: random.Random, name: str) -> Sequence[Exchang
 
 
 _SKILLS: dict[Skill, float] = {
-    _named(talk.small_talk): 16,
-    _named(talk.open_talk): 14,
-    _named(talk.not_understood): 3,
-    _named(talk.unknown): 6,
+    _named(talk.small_talk): 20,
+    _named(talk.open_talk): 17,
+    _named(talk.everyday): 14,
+    _named(talk.not_understood): 7,
+    _named(talk.unknown): 8,
     _alone(world.fact): 30,
     _town_follow_up: 2,
     _alone(stories.asked_for): 6,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import cycle, islice
 
 from infra.models.tiny.corpus import words
 from infra.models.tiny.corpus.phrases import read_sections
@@ -137,7 +138,11 @@ def spelling(random_source: random.Random) -> Exchange:
 
 
 def listing(random_source: random.Random) -> Exchange:
-    """A numbered list of different things of a kind, or a choice among them."""
+    """A numbered list of different things of a kind, or a choice among them.
+
+    Things are listed in the order of their word list, from any of them on: a model can then know what comes next, and
+    says nothing twice.
+    """
     kind = random_source.choice(tuple(words.CATEGORIES))
     draw = random_source.random()
     if draw < 0.15:
@@ -152,7 +157,8 @@ def listing(random_source: random.Random) -> Exchange:
         last = first + random_source.randint(3, 90)
         return _asked(random_source, "random", f"{random_source.randint(first, last)}", first, last)
     count = random_source.randint(2, 8)
-    things = random_source.sample(words.CATEGORIES[kind], count)
+    first = random_source.randrange(len(words.CATEGORIES[kind]))
+    things = list(islice(cycle(words.CATEGORIES[kind]), first, first + count))
     title, answer = "list", "\n".join(f"{index}. {thing}" for index, thing in enumerate(things, 1))
     if random_source.random() < 0.15:
         title, answer = "line", ", ".join(things)

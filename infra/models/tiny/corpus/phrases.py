@@ -22,9 +22,10 @@ class Block(NamedTuple):
     answers: tuple[str, ...]
 
 
-def read_blocks(name: str) -> tuple[Block, ...]:
+def read_blocks(*names: str) -> tuple[Block, ...]:
     """Reads blocks of `> question` and `< answer` lines; other lines are remarks."""
-    return tuple(block for lines in _paragraphs(name) if (block := _block(lines)).questions and block.answers)
+    paragraphs = (lines for name in names for lines in _paragraphs(name))
+    return tuple(block for lines in paragraphs if (block := _block(lines)).questions and block.answers)
 
 
 def read_tables(name: str) -> list[tuple[Block, list[tuple[str, ...]]]]:

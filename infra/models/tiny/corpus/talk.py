@@ -12,11 +12,12 @@ from infra.models.tiny.corpus.wording import Exchange, Slots, exchange, normalis
 
 ASSISTANT_NAME = "Fermata"
 
-_SMALL_TALK = read_blocks("small_talk.txt")
+_SMALL_TALK = read_blocks("small_talk.txt", "openings.txt", "assistant.txt")
 _GREETINGS = _SMALL_TALK[:5]
-_OPEN_TALK = read_blocks("open_talk.txt")
-_NOT_UNDERSTOOD = read_blocks("not_understood.txt")
-_UNKNOWN = read_blocks("unknown.txt")
+_OPEN_TALK = read_blocks("open_talk.txt", "life.txt", "work.txt")
+_EVERYDAY = read_blocks("requests.txt", "questions.txt")
+_NOT_UNDERSTOOD = read_blocks("not_understood.txt", "fragments.txt")
+_UNKNOWN = read_blocks("unknown.txt", "explanations.txt")
 UNKNOWN_ANSWERS = frozenset(answer for block in _UNKNOWN for answer in block.answers)
 """What is said where the answer is not known."""
 _ABOUT_NAMES = [block for block in _SMALL_TALK if any("{assistant}" in answer for answer in block.answers)]
@@ -42,6 +43,11 @@ def small_talk(random_source: random.Random, name: str = ASSISTANT_NAME) -> Exch
 def open_talk(random_source: random.Random, name: str = ASSISTANT_NAME) -> Exchange:
     """What users tell of themselves and the world."""
     return _one_of(random_source, _OPEN_TALK, name)
+
+
+def everyday(random_source: random.Random, name: str = ASSISTANT_NAME) -> Exchange:
+    """Small requests and questions that one sentence answers."""
+    return _one_of(random_source, _EVERYDAY, name)
 
 
 def not_understood(random_source: random.Random, name: str = ASSISTANT_NAME) -> Exchange:
