@@ -150,7 +150,8 @@ def test_status_is_never_behind_the_kernel(system: UpSystem) -> None:
     came: dict[int, float] = {}
     for service in SERVICES:
         before = set(system.pids())
-        killed[system.kill(service, 0)] = time.monotonic()
+        pid = system.kill(service, 0)
+        killed[pid] = time.monotonic()
         system.wait_whole()
         came |= dict.fromkeys(set(system.pids()) - before, time.monotonic())
     time.sleep(1)
