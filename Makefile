@@ -4,9 +4,11 @@
 #   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
-#   make bench     measure what each hop costs, and what Ray Serve costs
+#   make bench     measure what each hop costs, what Ray Serve costs, and what telemetry costs
 #   make faults    kill every kind of process at every offset of a stream
 #   make card      examine the built-in model and write its card   MODEL=folder takes another one
+#   make screenshots   pictures of the trace page in build/screenshots   DOCUMENT=file of `fermata trace --json`
+#   make viewer    show a trace in a collector from the npm registry, and read it back
 #   make protos    generate the Python code of the protos
 #   make setup     only set up .venv     PYTHON=python3.12, CONSTRAINTS=other.txt
 #
@@ -18,6 +20,7 @@ TORCH_INDEX ?=
 TESTS ?= tests
 WORKERS ?=
 MODEL ?=
+DOCUMENT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +33,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts fix bench faults card protos
+.PHONY: help setup run test check lint format types imports contracts alerts fix bench faults card screenshots viewer protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -57,7 +60,7 @@ run: setup
 test: setup
 	@$(BIN)/python -m pytest -q $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
 
-check: lint format types imports contracts
+check: lint format types imports contracts alerts
 
 # $(call step,what it looks at,command): one line when it is well, the whole output when it is not.
 define step
@@ -80,6 +83,13 @@ imports: setup
 contracts: setup
 	$(call step,protos (buf) and generated code,$(BIN)/python protos/generate.py --check --lint)
 
+# Needs promtool; without it this step is skipped.
+alerts: setup
+	@if ! promtool=$$(infra/monitoring/promtool.sh $(VENV) 2>/dev/null); then
+	  printf 'check: %-44sskipped: no promtool (apt install prometheus)\n' 'alerts (promtool)'; exit 0
+	fi
+	$(call step,alerts (promtool),$$promtool check config infra/monitoring/prometheus.yaml && $$promtool test rules infra/monitoring/rules_test.yaml)
+
 fix: setup
 	@$(BIN)/ruff check --fix -q .
 	@$(BIN)/ruff format -q .
@@ -91,9 +101,19 @@ faults: setup
 bench: setup
 	@$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.serve
+	$(BIN)/python -m tests.bench.telemetry
 
 card: setup
 	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))
+
+# Needs a browser: Chromium or Chrome, or what `playwright install chromium` brings.
+screenshots: setup
+	@$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[screenshots]'
+	$(BIN)/python -m tests.screenshots build/screenshots $(DOCUMENT)
+
+# Installs 438 MB into .viewer; Linux on x86-64 only.
+viewer: setup
+	@FERMATA_TEST_VIEWER=$(CURDIR)/.viewer $(BIN)/python -m pytest -q tests/e2e/test_viewer.py
 
 protos: setup
 	@$(BIN)/python protos/generate.py

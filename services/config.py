@@ -19,9 +19,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
+from services.common.telemetry import TelemetrySettings
+
 BUILT_IN_MODEL = str(Path(__file__).resolve().parent.parent / "infra" / "models" / "tiny")
 ENVIRONMENT_PREFIX = "FERMATA_"
 CONFIGURATION_FILE = "fermata.toml"
+_OF_OTHERS = {"redis_url": "REDIS_URL", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
+"""Variables that other tools of the field read, too."""
 REPLICATED_SERVICES = ("shard", "orchestrator", "tokenizer")
 
 
@@ -39,6 +43,30 @@ class ServiceConfig:
     port: int = setting(0, "port to listen on; 0 takes a free one")
     ready_fd: int = setting(-1, "file descriptor that is told the bound port when the service is ready")
     testing: bool = setting(False, "allow failpoints and planted bugs")
+    otlp_endpoint: str = setting(
+        "", "collector of spans and metrics (OTLP over gRPC), http://HOST:PORT; empty has none"
+    )
+    metrics_host: str = setting("127.0.0.1", "address of the Prometheus endpoint")
+    metrics_port: int = setting(0, "port of the Prometheus endpoint; 0 takes a free one, -1 has none")
+    metrics_targets: str = setting("", "folder in which the process says where, for file_sd_configs of Prometheus")
+    trace_memory: int = setting(32 << 20, "bytes of spans that are remembered for `fermata trace`")
+    trace_share: float = setting(1.0, "share of the requests whose spans the collector gets, 0 to 1")
+    waterfall_share: float = setting(0.01, "share of these that have a span for each token")
+    slow_token: float = setting(0.25, "seconds between two tokens from which on all have theirs")
+    slow_first_token: float = setting(2.0, "seconds to the first token from which on all have theirs")
+    log_format: str = setting("text", "text, or json for one object per line")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            ValueError: says which setting.
+        """
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f"log_format: {self.log_format!r} is neither text nor json")
+        for name in ("trace_share", "waterfall_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +177,9 @@ def load(
     values: dict[str, Any] = {}
     for item in fields:
         variable = ENVIRONMENT_PREFIX + item.name.upper()
-        # REDIS_URL is what other tools of the field read, too.
         candidates = [getattr(namespace, item.name), environment.get(variable), from_file.get(item.name)]
-        if item.name == "redis_url":
-            candidates.append(environment.get("REDIS_URL"))
+        if item.name in _OF_OTHERS:
+            candidates.append(environment.get(_OF_OTHERS[item.name]))
         given = next((value for value in candidates if value is not None), None)
         if given is not None:
             try:
@@ -187,6 +214,21 @@ def to_arguments(config: Any) -> list[str]:
         else:
             arguments.append(f"--{name}={','.join(value) if isinstance(value, tuple) else value}")
     return arguments
+
+
+def telemetry_settings(config: ServiceConfig) -> TelemetrySettings:
+    """What a service's settings say of its telemetry."""
+    return TelemetrySettings(
+        otlp_endpoint=config.otlp_endpoint,
+        metrics_host=config.metrics_host,
+        metrics_port=config.metrics_port,
+        metrics_targets=config.metrics_targets,
+        recorded_bytes=config.trace_memory,
+        trace_share=config.trace_share,
+        waterfall_share=config.waterfall_share,
+        slow_token=config.slow_token,
+        slow_first_token=config.slow_first_token,
+    )
 
 
 def process_environment() -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FAILED = 70
 """Exit status after an error in the loop (EX_SOFTWARE of sysexits.h)."""
+
+
+_NO_BATCH = Batch([], [])
 
 
 class Runner(Protocol):
@@ -75,13 +78,16 @@ class Timings(NamedTuple):
 class Report(NamedTuple):
     """What the engine tells after a step, or after commands that changed something without one.
 
-    `load.steps` is the number of the step; `engine_cpu_ns` the CPU time of the engine's thread so far.
+    `load.steps` is the number of the step; `engine_cpu_ns` the CPU time of the engine's thread so far; `generations`
+    says whose sequences were in the step, and `lengths` how many tokens of each were computed.
     """
 
     outcome: Outcome
     load: Load
     engine_cpu_ns: int
     timings: Timings | None
+    generations: list[str]
+    lengths: list[int]
 
 
 def end_process(error: BaseException) -> None:
@@ -142,7 +148,7 @@ class Engine:
             stamps.append(now())
             tokens = sampling.draw(logits, batch.rows)  # one pure function
             stamps.append(now())
-            self._publish(self._scheduler.close(batch, tokens), stamps)
+            self._publish(self._scheduler.close(batch, tokens), batch, stamps)
 
     def _receive(self) -> bool:
         """Applies the commands that have come, and waits for some while there is nothing to compute.
@@ -172,13 +178,14 @@ class Engine:
             scheduler.release_link(commands.link)
         return ended
 
-    def _publish(self, outcome: Outcome, stamps: list[int] | None = None) -> None:
+    def _publish(self, outcome: Outcome, batch: Batch = _NO_BATCH, stamps: Sequence[int] = ()) -> None:
         """Hands results on, with the moments at which the step began and its three parts were done."""
         timings = None
-        if stamps is not None:
+        if stamps:
             failpoints.hit("shard.step.before_publish")
             started, scheduled, forwarded, sampled = stamps
             timings = Timings(
                 started, scheduled - started, forwarded - scheduled, sampled - forwarded, time.monotonic_ns()
             )
-        self._post(Report(outcome, self._scheduler.load, time.thread_time_ns(), timings))
+        lengths = [len(chunk.token_ids) for chunk in batch.chunks]
+        self._post(Report(outcome, self._scheduler.load, time.thread_time_ns(), timings, batch.generations, lengths))

@@ -49,14 +49,15 @@ class Batch:
 
     Attributes:
         chunks: what is computed, at most one chunk per sequence.
-        copies: (source block, target block): KV copied before anything is computed (copy-on-write). No block is a
-            target twice and no target is a source, so their order does not matter.
+        copies: (source, target) blocks: KV copied before anything is computed. In any order, for no block is in two.
         rows: what the draw needs to know of each chunk that draws, in their order.
+        generations: whose chunk each is.
     """
 
     chunks: list[Chunk]
     copies: list[tuple[int, int]]
     rows: list[Row] = field(default_factory=list)
+    generations: list[str] = field(default_factory=list)
 
 
 class _Step:
@@ -189,7 +190,7 @@ class Scheduler:
             raise AssertionError(f"nobody can run: {self.load}")
         self._scheduled = step.sequences
         rows = [each.admission.row for each, chunk in zip(step.sequences, step.chunks, strict=True) if chunk.draws]
-        return Batch(step.chunks, step.copies, rows)
+        return Batch(step.chunks, step.copies, rows, [each.admission.generation_id for each in step.sequences])
 
     def close(self, batch: Batch, drawn: Drawn) -> Outcome:
         """Books what was computed and drawn. Full blocks enter the prefix cache, finished sequences are gone.

@@ -10,6 +10,7 @@ import threading
 import time
 
 from services.common.sampling import Row
+from services.common.telemetry import Telemetry, TelemetrySettings
 from services.common.types import SamplingProgram
 from services.config import ShardConfig
 from services.shard.engine import Commands, Engine, Report
@@ -55,7 +56,7 @@ def main() -> None:
     for name in ("streams", "tokens", "prompt", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
-    service = build(ShardConfig(model=options.model))
+    service = build(ShardConfig(model=options.model), Telemetry("shard", TelemetrySettings(recorded_bytes=0)))
     engine, size = service.engine, service.description.vocabulary_size
     reports: list[Report] = []
     done = threading.Event()
