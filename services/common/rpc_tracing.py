@@ -45,11 +45,15 @@ class TraceInterceptor(WrappingInterceptor):
     Args:
         telemetry: takes the spans.
         begins_traces: a call without a context begins a trace, as those of users do; otherwise it is none of a request.
+        on_failed: told the reason of each call that ends with an error.
     """
 
-    def __init__(self, telemetry: Telemetry, *, begins_traces: bool) -> None:
+    def __init__(
+        self, telemetry: Telemetry, *, begins_traces: bool, on_failed: Callable[[str], object] = lambda _: None
+    ) -> None:
         self._telemetry = telemetry
         self._begins_traces = begins_traces
+        self._on_failed = on_failed
 
     def wrap_unary(self, method: str, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
         """Around a handler with one answer."""
@@ -98,6 +102,8 @@ class TraceInterceptor(WrappingInterceptor):
         finally:
             for span in (*served.made, _Call(method, SpanKind.SERVER, served, began).span(status, reason)):
                 self._telemetry.record(served.generation_id, span)
+            if reason:
+                self._on_failed(reason)
 
     def _begin(self, context: Context) -> TracedCall | None:
         """What the call's span is; None when it has no trace."""

@@ -75,12 +75,13 @@ class Tokenizer:
             OSError: a port is taken.
         """
         self.telemetry = telemetry = Telemetry("tokenizer", telemetry_settings(config))
-        self.server = rpc.public_server(reuse_port=True, interceptors=[TraceInterceptor(telemetry, begins_traces=True)])
+        figures = Figures(telemetry.metrics, lambda: len(self.readers))
+        tracing = TraceInterceptor(telemetry, begins_traces=True, on_failed=figures.failed)
+        self.server = rpc.public_server(reuse_port=True, interceptors=[tracing])
         self.public_port = rpc.bind(self.server, config.host, config.public_port)
         self.own_port = rpc.bind(self.server, config.host, config.port)
         self._orchestrators = Orchestrators(orchestrators)
         own = f"{advertised_host(config)}:{self.own_port}"
-        figures = Figures(telemetry.metrics, lambda: len(self.readers))
         face = Face(codec.vocabulary, codec.facts.eos_token_ids, own, tokenizers, telemetry, figures)
         self.readers = Readers(self._orchestrators, face)
         self._health = health.aio.HealthServicer()

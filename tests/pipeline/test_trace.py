@@ -9,7 +9,7 @@ import pytest
 
 from fermata import Tokens
 from fermata.aio import AsyncClient
-from fermata.errors import GenerationNotFound
+from fermata.errors import GenerationNotFound, InvalidRequest
 from fermata.v1 import generation_pb2, telemetry_pb2
 from fermata.v1.telemetry_pb2_grpc import TelemetryServiceStub
 from services.common import rpc
@@ -134,3 +134,21 @@ async def test_nobody_remembers_a_generation_that_never_was(house: House) -> Non
     with pytest.raises(GenerationNotFound, match="remembers"):
         async with AsyncClient(house.address) as client:
             await client.trace("a" * 26 + "." + "0" * 16)
+
+
+async def test_all_processes_tell_what_they_count(house: House) -> None:
+    async with AsyncClient(house.address) as client:
+        with pytest.raises(InvalidRequest):
+            await client.generate(token_ids=[20], temperature=-1.0)
+        await generated(house)
+        replicas = (await client.statistics()).replicas
+    assert sorted(replica.service for replica in replicas) == 2 * ["orchestrator"] + ["shard"] + 2 * ["tokenizer"]
+    (asked,) = [replica for replica in replicas if replica.address == house.address]
+    figures = {figure.name: figure for figure in asked.figures}
+    assert figures["fermata.calls.failed"].value == 1
+    assert figures["fermata.calls.failed"].attributes == {"error_type": "INVALID_FIELD"}
+    latency = next(figure for figure in asked.figures if figure.name == "fermata.token.latency")
+    assert sum(latency.counts) >= 39
+    told = {figure.name: figure.value for replica in replicas for figure in replica.figures}
+    assert told["fermata.tokens.drawn"] >= 40
+    assert told["fermata.kv.blocks"] > 0
