@@ -66,8 +66,9 @@ class DecodeRecord:
         """Works out the tokens since the last time: their parts [tokens, fields of `Parts`]."""
         rows = np.concatenate((self._last, rows_of(self.waiting)))
         if self.first_ns is None and len(rows):
-            noted = self.waiting[0][0][0]
-            begin = first(Told(noted.moments, delivery_of(noted, self.waiting[0])), self._call)
+            occasion = next(item for item in self.waiting if item[0])  # the first that anything is known of
+            noted = occasion[0][0]
+            begin = first(Told(noted.moments, delivery_of(noted, occasion)), self._call)
             parts = np.concatenate((np.array([begin], dtype=np.int64), parts_between(rows)))
             fresh = rows
             self.first_ns = int(column(rows, "departed")[0])

@@ -121,8 +121,9 @@ class Reader:
         self._failure: FermataError | None = None
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
-        self._writing_since = 0.0
-        self._told_at = time.monotonic()
+        # Nanoseconds of time.monotonic: a write began and is pending (else 0); the last one was done.
+        self._writing_since_ns = 0
+        self._told_ns = time.monotonic_ns()
         self._left = False
 
     def __enter__(self) -> Reader:
@@ -165,13 +166,16 @@ class Reader:
 
     def take(self, kind: type[ResponseType]) -> Iterator[ResponseType]:
         """The events since the last time; each must be written before the next is asked for."""
+        began_ns = 0
         for response, tokens in self._events(kind):
             failpoints.hit("tokenizer.event.before_write")
-            self._telling.leaves(tokens)
-            self._writing_since = time.monotonic()
+            self._writing_since_ns = now_ns = time.monotonic_ns()
+            began_ns = began_ns or now_ns
+            if tokens is not None:
+                self._telling.leaves(tokens, now_ns)
             yield response
-            self._told_at, self._writing_since = time.monotonic(), 0.0
-        self._telling.written()
+            self._told_ns, self._writing_since_ns = time.monotonic_ns(), 0
+        self._telling.wrote_ns = began_ns, self._told_ns
 
     def _events(self, kind: type[ResponseType]) -> list[tuple[ResponseType, TokensEvent[Any] | None]]:
         """What there is to write; beside it the event, where it has tokens."""
@@ -213,7 +217,7 @@ class Reader:
         choices: dict[int, generation_pb2.Choice] = {}
         while await self.wait():
             self._news = self._beat = False
-            self._told_at = time.monotonic()
+            self._told_ns = time.monotonic_ns()
             if self._announce:
                 self._announce = False
                 whole.started.Clear()
@@ -348,11 +352,11 @@ class Reader:
     def tick(self, now: float) -> None:
         """Called several times per second (`now` as of time.monotonic)."""
         self._attachment.tick(now)
-        if self._writing_since and now - self._writing_since > SLOW_LIMIT:
+        if self._writing_since_ns and now - self._writing_since_ns / 1e9 > SLOW_LIMIT:
             self._moved.clear()
             self.leave()
             self._on_slow(SlowReader(f"nothing was read for {SLOW_LIMIT:.0f} s; resume"))
-        elif now - self._told_at >= HEARTBEAT_INTERVAL and not self._writing_since:
+        elif now - self._told_ns / 1e9 >= HEARTBEAT_INTERVAL and not self._writing_since_ns:
             self.beat()
 
     def beat(self) -> None:

@@ -36,7 +36,11 @@ SETTLE_NS = 2_000_000_000
 
 
 class Telling:
-    """The tokens of one reader, event by event."""
+    """The tokens of one reader, event by event.
+
+    Attributes:
+        wrote_ns: from when to when the reader took the events before, on this process's monotonic clock.
+    """
 
     def __init__(
         self, telemetry: Telemetry, figures: Figures, call: CallMoments | None, on_slow: Callable[[str], None]
@@ -49,6 +53,7 @@ class Telling:
             call: of the call that opened the generation; None when this one only reads it.
             on_slow: told the id of a generation whose steps the collector shall have.
         """
+        self.wrote_ns = 0, 0
         self._telemetry, self._figures, self._on_slow = telemetry, figures, on_slow
         self._opens = call is not None
         self._slow_ns = int(1e9 * telemetry.settings.slow_token)
@@ -62,8 +67,6 @@ class Telling:
         self._last: dict[int, Told] = {}
         self._records: dict[int, DecodeRecord] = {}
         self._due_ns = self._call.arrived + SETTLE_NS
-        self._writing = False
-        self._wrote_from = self._wrote_to = 0
         self._count = 0
         self._first_ns = 0
         self._finish_reasons: list[str] = []
@@ -89,27 +92,17 @@ class Telling:
             record = self._records[choice] = DecodeRecord(choice, first_offset, self._call)
         return record.waiting
 
-    def leaves(self, event: TokensEvent[Any] | None) -> None:
-        """An event is about to be written; one with tokens has its timings now."""
+    def leaves(self, event: TokensEvent[Any], departed_ns: int) -> None:
+        """An event is about to be written: it has its timings now."""
         if not self._looks:
             return
-        departed = time.monotonic_ns()
-        if event is not None:
-            # Once per token: what can be worked out later is worked out later, for many at once.
-            moments = event.delta.moments
-            occasion = moments, event.began_ns, event.filled_ns, departed, self._wrote_from, self._wrote_to
-            event.occasions.append(occasion)
-            if departed > self._due_ns or len(event.occasions) >= SETTLE_OCCASIONS:
-                self._settle_all(departed)
-            if self._timed:
-                event.time(self._parts(event.choice, occasion), departed)
-        if not self._writing:
-            self._writing, self._wrote_from = True, departed
-
-    def written(self) -> None:
-        """All events that were there are written."""
-        if self._writing:
-            self._writing, self._wrote_to = False, time.monotonic_ns()
+        # Once per token: what can be worked out later is worked out later, for many at once.
+        occasion = event.delta.moments, event.began_ns, event.filled_ns, departed_ns, *self.wrote_ns
+        event.occasions.append(occasion)
+        if departed_ns > self._due_ns or len(event.occasions) >= SETTLE_OCCASIONS:
+            self._settle_all(departed_ns)
+        if self._timed:
+            event.time(self._parts(event.choice, occasion), departed_ns)
 
     def collected(self, choice: int, first_offset: int, moments: Sequence[NotedMoments]) -> None:
         """Tokens that only the end tells: they are where they go when they arrive."""

@@ -1,4 +1,4 @@
-"""Spans that a process sends are whole in a viewer that is not ours. `make viewer-test` says where it is kept."""
+"""Spans that a process sends are whole in a viewer that is not ours. `make viewer` says where it is kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fermata import Client
 from services.common.telemetry import Telemetry, TelemetrySettings
 from services.common.tracing import Span, SpanKind, new_trace, step_context
 from tests.e2e.otlp_receiver import Viewer, is_supported, running
+from tests.e2e.system import UpSystem, wait_for
 
 FOLDER = os.environ.get("FERMATA_TEST_VIEWER", "")
 GENERATION = "a" * 26 + "." + "0" * 16
@@ -74,3 +76,37 @@ def test_a_trace_of_two_processes_comes_back_whole(viewer: Viewer) -> None:
     assert (link["traceId"], link["spanId"]) == (step.trace_id.hex(), step.span_id.hex())
     [linked] = viewer.spans(step.trace_id)
     assert (linked.span["name"], linked.attributes["fermata.step.number"]) == ("step", "4")
+
+
+def test_the_trace_of_one_request_through_the_whole_system_comes_back_whole(viewer: Viewer, tmp_path: Path) -> None:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": viewer.endpoint, "FERMATA_WATERFALL_SHARE": "1"}
+    with UpSystem(tmp_path / "state", environment=environment) as system, Client(system.address) as reader:
+        answer = reader.generate(token_ids=[20, 30, 40], ignore_eos=True, max_tokens=30)
+        remembered = json.loads(reader.trace(answer.generation_id))
+        spans = [
+            span
+            for entry in remembered["resourceSpans"]
+            for scope in entry["scopeSpans"]
+            for span in scope["spans"]
+            if span["name"] != "step"
+        ]
+        (trace_id,) = {span["traceId"] for span in spans}
+
+        def whole() -> bool:
+            names = [item.span["name"] for item in viewer.spans(bytes.fromhex(trace_id))]
+            return names.count("token") == 30 and "sequence" in names and "own" in names
+
+        wait_for(whole, 30, "all spans in the viewer")
+        received = {item.span["spanId"]: item for item in viewer.spans(bytes.fromhex(trace_id))}
+    assert {span["spanId"] for span in spans} <= received.keys()
+    assert {item.process["service.name"] for item in received.values()} == {
+        "fermata-tokenizer",
+        "fermata-orchestrator",
+        "fermata-shard",
+    }
+    roots = [item.span["name"] for item in received.values() if item.span.get("parentSpanId", "") not in received]
+    assert roots == ["fermata.v1.GenerationService/Generate"]
+    (decode,) = [item for item in received.values() if item.span["name"] == "decode"]
+    assert len(json.loads(decode.attributes["fermata.token.departed_us"])) == 30
+    linked = [link["traceId"] for item in received.values() for link in item.span.get("links", ())]
+    assert [item.span["name"] for item in viewer.spans(bytes.fromhex(linked[0]))] == ["step"]

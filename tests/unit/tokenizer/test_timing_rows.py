@@ -33,6 +33,7 @@ def test_the_parts_are_those_of_each_two(drawn: list[Occasion]) -> None:
 def test_it_does_not_matter_when_they_are_worked_out(drawn: list[Occasion], cut: int) -> None:
     call, tokens = CallMoments(5, 1, 1, 9), told(drawn)
     record = DecodeRecord(0, 0, call)
+    record.waiting.append(([], 0, 0, 0, 0, 0))  # of an orchestrator that tells nothing
     found = []
     for occasion in (drawn[:cut], drawn[cut:]):
         record.waiting.extend(occasion)
