@@ -7,11 +7,15 @@ import gc
 import secrets
 from collections.abc import Mapping
 
+import numpy as np
+
 from fermata.v1.telemetry_pb2_grpc import add_TelemetryServiceServicer_to_server
-from services.common import process, rpc
+from services.common import process, rpc, sampling
 from services.common.model_folder import find_model
+from services.common.sampling import Row
 from services.common.telemetry import Telemetry
 from services.common.telemetry_service import TelemetryService
+from services.common.types import SamplingProgram
 from services.config import ShardConfig, telemetry_settings
 from services.shard.blocks import BlockPool
 from services.shard.engine import Engine
@@ -71,6 +75,7 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
     runner = Runner(
         find_model(config.model), block_size=config.block_size, kv_memory=config.kv_memory, threads=config.threads
     )
+    _draw_once(runner.vocabulary_size)
     # A sequence never needs more than all blocks, so that the first in line can always run.
     context_length = min(runner.context_length, runner.block_count * config.block_size)
     scheduler = Scheduler(
@@ -89,6 +94,12 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
         step_sequences=config.step_sequences,
     )
     return ShardService(Engine(scheduler, runner), description, telemetry, secrets.token_hex(16))
+
+
+def _draw_once(vocabulary_size: int) -> None:
+    """The first draw of a process loads what it needs, for tens of milliseconds: not in somebody's first token."""
+    row = Row(SamplingProgram(temperature=1.0, top_k=2), token_ids=[0], output_start=1, choice=0)
+    sampling.draw(np.zeros((1, vocabulary_size), dtype=np.float32), [row])
 
 
 async def serve(config: ShardConfig, host: process.Host) -> None:
