@@ -105,7 +105,7 @@ def test_the_trace_of_one_request_through_the_whole_system_comes_back_whole(view
         "fermata-shard",
     }
     roots = [item.span["name"] for item in received.values() if item.span.get("parentSpanId", "") not in received]
-    assert roots == ["fermata.v1.GenerationService/Generate"]
+    assert roots == ["fermata.v1.GenerationService/StreamGenerate"]
     (decode,) = [item for item in received.values() if item.span["name"] == "decode"]
     assert len(json.loads(decode.attributes["fermata.token.departed_us"])) == 30
     linked = [link["traceId"] for item in received.values() for link in item.span.get("links", ())]
