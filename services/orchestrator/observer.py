@@ -78,11 +78,11 @@ class Observer:
         for name, start, end in (("claim", began, claimed), ("place", claimed, placed)):
             self._record(generation, Span(name, *_below(served.context), since_epoch(start), since_epoch(end)))
 
-    def claimed(self, generation: Generation, began_ns: int, *, was_parked: bool) -> None:
-        """A generation was taken from its former owner, which took from `began_ns` until now."""
+    def claimed(self, generation: Generation, began_ns: int, *, former_epoch: int, was_parked: bool) -> None:
+        """A generation was taken from the owner of a former epoch, which took from `began_ns` until now."""
         if not was_parked:
             self._counts["takeovers"] += 1
-        former = self._ownership(generation, generation.epoch - 1)
+        former = self._ownership(generation, former_epoch)
         name = "resume" if was_parked else "takeover"
         span = Span(
             name,

@@ -194,7 +194,8 @@ class Recovery:
         remaining = None
         if generation.record.deadline_ms:
             remaining = (generation.record.deadline_ms - await self._store.now_ms()) / 1000
-        self._observer.claimed(generation, began_ns, was_parked=session.state == PARKED)
+        was_parked = session.state == PARKED
+        self._observer.claimed(generation, began_ns, former_epoch=session.epoch, was_parked=was_parked)
         self._owner.adopt(generation, remaining=remaining)
         return generation
 

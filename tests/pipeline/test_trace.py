@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -128,6 +129,34 @@ async def test_a_takeover_is_linked_to_the_former_owner(house: House) -> None:
     assert takeover.parent_id == later.span_id
     assert takeover.links == later.links
     assert len(takeover.links) == 1
+
+
+async def test_what_goes_on_after_a_pause_is_linked_to_the_ownership_before(house: House) -> None:
+    async with AsyncClient(house.address) as client:
+        stream = client.stream(**REQUEST | {"max_tokens": 300})
+        async for _ in stream:
+            if len(stream.token_ids) >= 5:
+                break
+        stream.leave()
+        assert stream.generation_id is not None
+
+        async def names() -> list[str]:
+            return [span.name for span in await trace_of(house, stream.generation_id or "")]
+
+        async with asyncio.timeout(20):
+            while "own" not in await names():  # noqa: ASYNC110 - it is parked some time after nobody reads it
+                await asyncio.sleep(0.1)
+        async with client.resume(stream.generation_id) as resumed:
+            async for _ in resumed:
+                pass
+        async with asyncio.timeout(20):
+            while (await names()).count("own") < 2:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.1)
+        spans = await trace_of(house, stream.generation_id)
+    first, later = sorted((span for span in spans if span.name == "own"), key=lambda span: span.start)
+    (went_on,) = [span for span in spans if span.name == "resume"]
+    assert went_on.links == later.links == [first.span_id]
+    assert went_on.parent_id == later.span_id
 
 
 async def test_nobody_remembers_a_generation_that_never_was(house: House) -> None:
