@@ -68,20 +68,11 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
 
-    def record(self, value: float, times: int = 1) -> None:
-        """Counts a value that occurred so many times; what is below zero counts as zero."""
+    def record(self, value: float) -> None:
+        """Counts a value; what is below zero counts as zero."""
         value = max(value, 0.0)
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
-
-    def quantile(self, share: float) -> float:
-        """An upper bound of the value that `share` of all values do not exceed; 0 when there are none."""
-        left = share * sum(self.counts)
-        for bound, count in zip(self.bounds, self.counts, strict=False):
-            left -= count
-            if left <= 0 and count:
-                return bound
-        return self.bounds[-1] if any(self.counts) else 0.0
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 class HistogramTable:

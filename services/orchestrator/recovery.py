@@ -24,6 +24,7 @@ from services.common.errors import (
     SessionStoreUnavailable,
 )
 from services.common.failpoints import planted
+from services.common.logs import bound
 from services.common.types import pack_ids
 from services.orchestrator.convert import spec_from_message
 from services.orchestrator.generation import Generation, GenerationName
@@ -97,7 +98,8 @@ class Recovery:
         lock = self._locks[name]
         try:
             async with lock:
-                return await self._find(name)
+                with bound(generation_id=name.generation_id, session_id=name.session):
+                    return await self._find(name)
         finally:
             if not lock.locked():
                 self._locks.pop(name, None)

@@ -156,7 +156,7 @@ class Telling:
         begins = record.first_ns is None
         parts = record.settle()
         if begins and record.first_ns is not None:
-            self._slow = int(parts[0, 0]) > self._slow_first_ns
+            self._slow = self._slow or int(parts[0, 0]) > self._slow_first_ns
             self._first_ns = min(self._first_ns or record.first_ns, record.first_ns)
             if self._opens:
                 self._figures.first_token(Parts(*parts[0].tolist()))

@@ -227,9 +227,9 @@ def drift_rows(curve: DriftCurve) -> list[tuple[str, ...]]:
             str(span.first) if span.first == span.last else f"{span.first}-{span.last}",
             str(span.tokens),
             f"{span.teacher_forced:6.1%}",
-            _bar(span.teacher_forced),
+            bar(span.teacher_forced, 10),
             f"{span.free_running:6.1%}",
-            _bar(span.free_running),
+            bar(span.free_running, 10),
             f"{span.gap:+.1%}",
         )
         for span in curve.ranges()
@@ -262,9 +262,9 @@ def drift_json(curve: DriftCurve) -> str:
     return json.dumps({"texts": curve.texts, "total": counts(curve.total), "offsets": offsets})
 
 
-def _bar(share: float) -> str:
-    """A share as a bar of up to ten columns; what is not nothing can be seen."""
-    eighths = max(round(share * 80), 1 if share > 0 else 0)
+def bar(share: float, columns: int) -> str:
+    """A share as a bar of up to so many columns; what is not nothing can be seen."""
+    eighths = min(max(round(share * columns * 8), 1 if share > 0 else 0), columns * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].rstrip()
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from fermata.client import Client
 from fermata.errors import FermataError
 from fermata.parts import PARTS, duration
-from fermata.printing import BOLD, DIM, RED, Printer, describe
+from fermata.printing import BOLD, DIM, RED, Printer, bar, describe
 from fermata.screen import Happened, Line, full_screen
 from fermata.statistics import (
     Latency,
@@ -204,7 +204,7 @@ def _load(load: Load) -> tuple[str, ...]:
             _number(load.store_calls_per_token, ".3f"),
             str(load.takeovers),
         )
-    usage = f"{_bar(load.kv_usage, _KV_BAR):<{_KV_BAR}} {_percent(load.kv_usage):>5}"
+    usage = f"{bar(load.kv_usage, _KV_BAR):<{_KV_BAR}} {_percent(load.kv_usage):>5}"
     return (
         str(load.running),
         str(load.waiting),
@@ -234,7 +234,7 @@ def _parts(shown: Overview, room: int) -> Iterator[Line]:
 
 
 def _share(title: str, share: float) -> str:
-    return f"{title:<12} {_bar(share, _BAR):<{_BAR}} {share * 100:>5.1f} %"
+    return f"{title:<12} {bar(share, _BAR):<{_BAR}} {share * 100:>5.1f} %"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[Line]:
@@ -263,12 +263,6 @@ def _flow(items: Sequence[str], width: int) -> Iterator[Line]:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def _bar(share: float, columns: int) -> str:
-    """A share as a bar; what is not nothing can be seen."""
-    eighths = min(max(round(share * columns * 8), 1 if share > 0 else 0), columns * 8)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].rstrip()
 
 
 def _order(item: tuple[str, int]) -> tuple[int, str]:

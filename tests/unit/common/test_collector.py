@@ -90,7 +90,8 @@ def test_figures_arrive_at_the_end_at_the_latest() -> None:
     recorded = metrics.histogram(Name("fermata.step.duration", "s", "Of a step."), (1, 2), part="forward")
     with receiving() as receiver:
         collector = Collector(receiver.endpoint, PROCESS, metrics.collect)
-        recorded.record(1.5, times=3)
+        for _ in range(3):
+            recorded.record(1.5)
         collector.close()
     [point] = receiver.metrics["fermata.step.duration"].histogram.data_points
     assert (list(point.explicit_bounds), list(point.bucket_counts), point.sum) == ([1, 2], [0, 3, 0], 4.5)

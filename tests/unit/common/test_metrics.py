@@ -19,9 +19,8 @@ def test_bounds_are_inclusive_and_the_last_bucket_has_none() -> None:
     histogram = Histogram((1, 2, 4))
     for value in (0.5, 1, 1.5, 2, 4, 5, -3):
         histogram.record(value)
-    histogram.record(3, times=10)
-    assert histogram.counts == [3, 2, 11, 1]
-    assert histogram.total == 0.5 + 1 + 1.5 + 2 + 4 + 5 + 30
+    assert histogram.counts == [3, 2, 1, 1]
+    assert histogram.total == 0.5 + 1 + 1.5 + 2 + 4 + 5
 
 
 @given(some.lists(some.tuples(some.floats(-1, 99), some.floats(-1, 99)), min_size=1))
@@ -36,15 +35,6 @@ def test_many_values_at_once_are_counted_as_one_by_one(rows: list[tuple[float, f
     assert [(figure.name, figure.attributes) for figure in figures] == [(LATENCY, {"part": "forward"}), (WAITING, {})]
     assert [list(figure.counts) for figure in figures] == [histogram.counts for histogram in single]
     assert [figure.total for figure in figures] == pytest.approx([histogram.total for histogram in single])
-
-
-@given(some.lists(some.floats(1e-6, 100), min_size=1), some.floats(0, 1))
-def test_a_quantile_is_not_below_the_exact_one(values: list[float], share: float) -> None:
-    histogram = Histogram(LATENCY_BUCKETS)
-    for value in values:
-        histogram.record(value)
-    exact = sorted(values)[max(0, -int(-(share * len(values)) // 1) - 1)]
-    assert histogram.quantile(share) >= min(exact, LATENCY_BUCKETS[-1]) * (1 - 1e-9)
 
 
 def test_the_buckets_rise_evenly() -> None:
