@@ -5,6 +5,8 @@
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
 #   make bench     measure what each hop costs, what Ray Serve costs, and what telemetry costs
+#   make bench-engine   measure the engine beside others on one model   OPTIONS='--precisions bf16 --rounds 3'
+#   make soak      ten thousand random sequences through the scheduler, and two hundred schedules per precision
 #   make faults    kill every kind of process at every offset of a stream
 #   make card      examine the built-in model and write its card   MODEL=folder takes another one
 #   make screenshots   pictures of the trace page in build/screenshots   DOCUMENT=file of `fermata trace --json`
@@ -21,6 +23,7 @@ TESTS ?= tests
 WORKERS ?=
 MODEL ?=
 DOCUMENT ?=
+OPTIONS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +36,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts alerts fix bench faults card screenshots viewer protos
+.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine faults card screenshots viewer protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -98,10 +101,18 @@ fix: setup
 faults: setup
 	@FERMATA_FAULT_OFFSETS=63 $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kills.py tests/e2e/test_serve.py tests/pipeline
 
+soak: setup
+	@FERMATA_SOAK_CHOICES=10000 FERMATA_SCHEDULES=200 $(BIN)/python -m pytest -q -s --timeout 3600 \
+	  tests/unit/shard/test_soak.py tests/unit/shard/test_schedules.py
+
 bench: setup
 	@$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.serve
 	$(BIN)/python -m tests.bench.telemetry
+
+# The other engines come with `python -m tests.bench.peers.prepare`; those that are not there are left out.
+bench-engine: setup
+	@$(BIN)/python -m tests.bench.engines $(OPTIONS)
 
 card: setup
 	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))

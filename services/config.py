@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ ENVIRONMENT_PREFIX = "FERMATA_"
 CONFIGURATION_FILE = "fermata.toml"
 _OF_OTHERS = {"redis_url": "REDIS_URL", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
 """Variables that other tools of the field read, too."""
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+KERNELS = ("auto", "native", "plain")
 REPLICATED_SERVICES = ("shard", "orchestrator", "tokenizer")
 
 
@@ -76,9 +79,26 @@ class ShardConfig(ServiceConfig):
     block_size: int = setting(64, "tokens per KV block, which is also the page of attention")
     step_tokens: int = setting(512, "most tokens computed in a step")
     step_sequences: int = setting(64, "most sequences in a step")
+    step_time: float = setting(
+        50.0,
+        "milliseconds of a step that prompts may take beside running sequences, whose tokens are at most this, a step "
+        "without prompts, and the time of 16 prompt tokens apart; 0 sets no limit",
+    )
     kv_memory: int = setting(0, "bytes of the KV pool; 0 takes 25 %% of the free memory, at most 1 GiB")
     threads: int = setting(1, "compute threads")
+    dtype: str = setting("auto", "auto (as stored), float32, bfloat16 or int8")
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    kernels: str = setting("auto", "auto (native where they can be had), native or plain")
     prefix_cache: bool = setting(True, "find the KV of equal prefixes again")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            ValueError: says which setting.
+        """
+        ServiceConfig.__post_init__(self)
+        _check_compute(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +134,18 @@ class SystemConfig:
     replicas: tuple[str, ...] = setting((), "replicas per service, like tokenizer=2,shard=2")
     testing: bool = setting(False, "allow failpoints and planted bugs")
     threads: int = setting(1, "compute threads of each shard")
+    dtype: str = setting("auto", "what shards compute in: auto (as stored), float32, bfloat16 or int8")
+    device: str = setting("cpu", "what shards compute on: cpu, cuda or cuda:N")
+    kernels: str = setting("auto", "what shards compute with: auto (native where they can be had), native or plain")
     local: bool = setting(False, "run the services as plain processes, without Ray")
 
     def __post_init__(self) -> None:
-        """Refuses replicas that do not parse.
+        """Refuses what cannot be meant, replicas that do not parse among it.
 
         Raises:
-            ValueError: says which.
+            ValueError: says which setting.
         """
+        _check_compute(self)
         self.replica_counts()
 
     def replica_counts(self) -> dict[str, int]:
@@ -133,6 +157,14 @@ class SystemConfig:
                 raise ValueError(f"replicas: {entry!r}: want SERVICE=COUNT with {', '.join(counts)} and at least 1")
             counts[service] = int(count)
         return counts
+
+
+def _check_compute(config: ShardConfig | SystemConfig) -> None:
+    for name, accepted in (("dtype", DTYPES), ("kernels", KERNELS)):
+        if getattr(config, name) not in accepted:
+            raise ValueError(f"{name}: {getattr(config, name)!r} is none of {', '.join(accepted)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device: {config.device!r} is neither cpu nor cuda nor cuda:N")
 
 
 Config = TypeVar("Config")

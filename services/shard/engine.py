@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from services.common import failpoints, sampling
-from services.common.noise import Array
 from services.shard.outcome import Ended, Load, Outcome
 from services.shard.scheduler import Batch, Scheduler
 from services.shard.sequence import Admission
+
+if TYPE_CHECKING:
+    from services.shard.kernels.interface import Logits
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +39,8 @@ _NO_BATCH = Batch([], [])
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def forward(self, batch: Batch) -> Array:
-        """Copies and computes the KV of a batch.
-
-        Returns:
-            float32 logits [number of chunks that draw, vocabulary size], in the order of the chunks.
-        """
+    def forward(self, batch: Batch) -> Logits:
+        """Copies and computes the KV of a batch."""
         ...
 
 
@@ -146,9 +144,9 @@ class Engine:
             stamps.append(now())
             logits = self._runner.forward(batch)  # tensors in, tensors out
             stamps.append(now())
-            tokens = sampling.draw(logits, batch.rows)  # one pure function
+            tokens = sampling.draw(logits.values, batch.rows, best=logits.best)  # one pure function
             stamps.append(now())
-            self._publish(self._scheduler.close(batch, tokens), batch, stamps)
+            self._publish(self._scheduler.close(batch, tokens, (stamps[-1] - stamps[0]) / 1e9), batch, stamps)
 
     def _receive(self) -> bool:
         """Applies the commands that have come, and waits for some while there is nothing to compute.

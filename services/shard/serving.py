@@ -73,7 +73,13 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
         ValueError: the model cannot be served with these settings.
     """
     runner = Runner(
-        find_model(config.model), block_size=config.block_size, kv_memory=config.kv_memory, threads=config.threads
+        find_model(config.model),
+        block_size=config.block_size,
+        kv_memory=config.kv_memory,
+        threads=config.threads,
+        dtype=config.dtype,
+        device=config.device,
+        kernels=config.kernels,
     )
     _draw_once(runner.vocabulary_size)
     # A sequence never needs more than all blocks, so that the first in line can always run.
@@ -83,6 +89,7 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
         step_tokens=config.step_tokens,
         step_sequences=config.step_sequences,
         context_length=context_length,
+        step_time=config.step_time / 1000,
     )
     description = Description(
         fingerprint=runner.fingerprint,
