@@ -36,7 +36,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine faults card screenshots viewer protos
+.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine soak faults card screenshots viewer protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
