@@ -6,6 +6,7 @@
 #   make fix       repair what lint and format can repair
 #   make bench     measure what each hop costs, what Ray Serve costs, and what telemetry costs
 #   make bench-engine   measure the engine beside others on one model   OPTIONS='--precisions bf16 --rounds 3'
+#   make bench-gpu      measure decoding on a GPU, and check it against the CPU   OPTIONS='--shape qwen2.5-0.5b'
 #   make soak      ten thousand random sequences through the scheduler, and two hundred schedules per precision
 #   make faults    kill every kind of process at every offset of a stream
 #   make card      examine the built-in model and write its card   MODEL=folder takes another one
@@ -36,7 +37,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine soak faults card screenshots viewer protos
+.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine bench-gpu soak faults card screenshots viewer protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -54,6 +55,8 @@ setup:
 	$(PIP) install -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
 	echo 'setup: installing fermata-client and fermata-server with what they need' >&2
 	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e clients/python -e '.[dev]'
+	echo 'setup: compiling the kernels of this machine' >&2
+	$(BIN)/python -m services.shard.kernels.native.compiler
 	echo "$$wanted $(CURDIR)" > $(STAMP)
 	echo 'setup: done' >&2
 
@@ -113,6 +116,10 @@ bench: setup
 # The other engines come with `python -m tests.bench.peers.prepare`; those that are not there are left out.
 bench-engine: setup
 	@$(BIN)/python -m tests.bench.engines $(OPTIONS)
+
+# Needs a GPU; OPTIONS='--device cpu --shape smollm2-135m --batches 1 --steps 4 --prefill 64' tries it without.
+bench-gpu: setup
+	@$(BIN)/python -m tests.bench.gpu $(OPTIONS)
 
 card: setup
 	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))

@@ -64,6 +64,8 @@ STEP_GENERATIONS: Final = "fermata.step.generations"
 """Whose sequences were in a step."""
 STEP_LENGTHS: Final = "fermata.step.lengths"
 """Tokens computed in a step of each of these: 1 is a step of decoding, more is a part of a prompt."""
+STEP_DEVICE: Final = "fermata.step.device_us"
+"""Of a step that a GPU computed: what the GPU took of its `forward`, in microseconds by its own clock."""
 
 
 def part(name: str) -> str:

@@ -64,13 +64,17 @@ class Commands:
 
 
 class Timings(NamedTuple):
-    """Where the time of a step went (R25), in nanoseconds of the shard's monotonic clock."""
+    """Where the time of a step went (R25), in nanoseconds of the shard's monotonic clock.
+
+    `forward` is what the host waited for; `device` is what a device beside it took of that, by its own clock.
+    """
 
     started: int
     schedule: int
     forward: int
     sample: int
     departed: int
+    device: int | None = None
 
 
 class Report(NamedTuple):
@@ -146,7 +150,8 @@ class Engine:
             stamps.append(now())
             tokens = sampling.draw(logits.values, batch.rows, best=logits.best)  # one pure function
             stamps.append(now())
-            self._publish(self._scheduler.close(batch, tokens, (stamps[-1] - stamps[0]) / 1e9), batch, stamps)
+            outcome = self._scheduler.close(batch, tokens, (stamps[-1] - stamps[0]) / 1e9)
+            self._publish(outcome, batch, stamps, logits.device_ns)
 
     def _receive(self) -> bool:
         """Applies the commands that have come, and waits for some while there is nothing to compute.
@@ -176,14 +181,16 @@ class Engine:
             scheduler.release_link(commands.link)
         return ended
 
-    def _publish(self, outcome: Outcome, batch: Batch = _NO_BATCH, stamps: Sequence[int] = ()) -> None:
+    def _publish(
+        self, outcome: Outcome, batch: Batch = _NO_BATCH, stamps: Sequence[int] = (), device_ns: int | None = None
+    ) -> None:
         """Hands results on, with the moments at which the step began and its three parts were done."""
         timings = None
         if stamps:
             failpoints.hit("shard.step.before_publish")
             started, scheduled, forwarded, sampled = stamps
             timings = Timings(
-                started, scheduled - started, forwarded - scheduled, sampled - forwarded, time.monotonic_ns()
+                started, scheduled - started, forwarded - scheduled, sampled - forwarded, time.monotonic_ns(), device_ns
             )
         lengths = [len(chunk.token_ids) for chunk in batch.chunks]
         self._post(Report(outcome, self._scheduler.load, time.thread_time_ns(), timings, batch.generations, lengths))

@@ -60,7 +60,9 @@ class KeyValueCache:
         """Copies blocks (source, target) in all layers; no target is a source or twice a target."""
         if not copies:
             return
-        sources, targets = torch.tensor(copies, device=self.keys[0].device).unbind(1)
+        device = self.keys[0].device
+        pairs = torch.tensor(copies, pin_memory=device.type == "cuda")  # the host does not wait for it then
+        sources, targets = pairs.to(device, non_blocking=True).unbind(1)
         for pool in (*self.keys, *self.values):
             pool[targets] = pool[sources]
 

@@ -63,6 +63,7 @@ class StepLog:
 
     def _span(self, record: StepRecord) -> Span:
         timings = record.timings
+        device = {} if timings.device is None else {names.STEP_DEVICE: timings.device // 1000}
         return Span(
             "step",
             step_context(self._shard, record.number),
@@ -78,5 +79,6 @@ class StepLog:
                 names.part("schedule"): timings.schedule // 1000,
                 names.part("forward"): timings.forward // 1000,
                 names.part("sample"): timings.sample // 1000,
+                **device,
             },
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from services.shard import kv_cache
+from services.shard.kernels import graphs
 from services.shard.kernels.interface import Kernels
 from services.shard.kernels.native import compiler
 from services.shard.kernels.native.binding import Library
@@ -55,7 +56,9 @@ def choose(
             reason = str(unavailable)
     log.warning("computing in plain torch, which is several times slower: %s", reason)
     block_count = kv_cache.capacity(model.architecture, block_size, kv_memory, free, dtype=PLAIN_PAGES[dtype])
-    return PlainKernels(model, dtype, block_count=block_count, block_size=block_size, device=device)
+    return PlainKernels(
+        model, dtype, block_count=block_count, block_size=block_size, device=device, record=graphs.recorder(device)
+    )
 
 
 class _Unavailable(Exception):
@@ -68,10 +71,10 @@ def _native_library(block_size: int, device: str) -> Library:
         raise _Unavailable(f"they do not compute on {device}")
     if block_size % PANEL or SPLIT % block_size:
         raise _Unavailable(f"blocks of {block_size} positions: a multiple of {PANEL} that divides {SPLIT} is needed")
-    tried = []
+    first = ""
     for target in compiler.targets():
         try:
             return Library(compiler.build(target))
         except (compiler.CompilerMissing, RuntimeError, OSError) as error:
-            tried.append(f"{target.name}: {error}")
-    raise _Unavailable("; ".join(tried))
+            first = first or f"{target.name}: {error}"
+    raise _Unavailable(first)

@@ -29,10 +29,12 @@ class Logits(NamedTuple):
             nobody wants.
         best: the id of the largest logit of each, the lowest such, or -1 where a logit is not finite; None from kernels
             that do not find it on the way.
+        device_ns: how long the device took, in nanoseconds by its own clock; None where the host is the device.
     """
 
     values: Tensor
     best: list[int] | None = None
+    device_ns: int | None = None
 
 
 class Kernels(Protocol):

@@ -14,24 +14,20 @@ Knows block tables and counts; nothing of models or kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from services.shard.scheduler import Batch
 
 Integers = NDArray[np.int64]
-
-_ALIGNMENT = 8
-"""Bytes at whose multiples a tensor lies when all are moved as one."""
 
 
 class Tiling(NamedTuple):
@@ -63,7 +59,7 @@ class TileGroup:
         item_tiles: int64 [N], tile of each item.
         tile_items: int64 [T * ranks], items of each tile; a tile with fewer pages repeats its last one.
         hidden: bool [M, 1, Q, 1, block_size], keys that lie behind the query or before its window; beyond the first M
-            items there are none.
+            items there are none. Where all queries of a tile are the same, [M, 1, 1, 1, block_size].
     """
 
     tiles: int
@@ -162,18 +158,18 @@ def plan_step(batch: Batch, block_size: int, tiling: Tiling, windows: Sequence[i
     drawn_rows = (row_offsets + lengths - 1)[[chunk.draws for chunk in chunks]]
     return StepPlan(
         row_count=row_count,
-        token_ids=_pad(token_ids, tiling),
-        positions=_pad(positions, tiling),
+        token_ids=pad_rows(token_ids, tiling),
+        positions=pad_rows(positions, tiling),
         blocks=torch.from_numpy(tables[np.repeat(table_offsets, lengths) + positions // block_size]),
         slots=torch.from_numpy(positions % block_size),
         layouts={window: _lay_out(tiles, pages, window, tiling) for window in windows},
-        drawn_rows=_pad(drawn_rows, tiling),
+        drawn_rows=pad_rows(drawn_rows, tiling),
         drawn_count=len(drawn_rows),
     )
 
 
 def _lay_out(tiles: list[tuple[int, _Tiles]], pages: _Pages, window: int | None, tiling: Tiling) -> Layout:
-    output_rows = np.zeros(_padded(len(pages.positions), tiling), np.int64)
+    output_rows = np.zeros(padded_count(len(pages.positions), tiling), np.int64)
     groups, first_slot = [], 0
     for queries, of_size in tiles:
         for part in _split(of_size, pages, window, tiling.items):
@@ -251,44 +247,14 @@ def _offsets(sizes: Integers) -> Integers:
     return np.cumsum(sizes) - sizes
 
 
-def _padded(count: int, tiling: Tiling) -> int:
+def padded_count(count: int, tiling: Tiling) -> int:
+    """Rows of whole row tiles that hold so many."""
     smallest = tiling.rows[-1]
     return -(-count // smallest) * smallest
 
 
-def _pad(values: Integers, tiling: Tiling) -> Tensor:
+def pad_rows(values: Integers, tiling: Tiling) -> Tensor:
     """Fills up with zeros to whole row tiles."""
-    padded = np.zeros(_padded(len(values), tiling), np.int64)
+    padded = np.zeros(padded_count(len(values), tiling), np.int64)
     padded[: len(values)] = values
     return torch.from_numpy(padded)
-
-
-def move(plan: StepPlan, device: str) -> StepPlan:
-    """The plan with its tensors on a device, in a single transfer."""
-    if device == "cpu":
-        return plan
-    found: list[Tensor] = []
-    _change_tensors(plan, found.append)
-    padded = [functional.pad(_bytes(tensor), (0, -tensor.nbytes % _ALIGNMENT)) for tensor in found]
-    parts = torch.cat(padded).to(device).split_with_sizes([len(part) for part in padded])
-    moved = iter(part[: old.nbytes].view(old.dtype).view(old.shape) for part, old in zip(parts, found, strict=True))
-    changed: StepPlan = _change_tensors(plan, lambda _: next(moved))
-    return changed
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return torch.from_numpy(tensor.contiguous().numpy().reshape(-1).view(np.uint8))
-
-
-def _change_tensors(item: Any, change: Callable[[Tensor], Any]) -> Any:
-    """What `item` is with other tensors, in whatever lists, dictionaries and dataclasses they are."""
-    if isinstance(item, Tensor):
-        return change(item)
-    if isinstance(item, list):
-        return [_change_tensors(part, change) for part in item]
-    if isinstance(item, dict):
-        return {key: _change_tensors(part, change) for key, part in item.items()}
-    if is_dataclass(item) and not isinstance(item, type):
-        parts = {field.name: _change_tensors(getattr(item, field.name), change) for field in fields(item)}
-        return replace(item, **parts)
-    return item

@@ -64,7 +64,8 @@ ENGINES = {
             {"bf16": "gguf-bf16", "fp32": "gguf-f32", "int8": "gguf-q8_0"},
             venv="llama",
             packages=("llama-cpp-python numpy gguf",),
-            build=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF"),),
+            # GCC 12 takes the stores of a tile configuration for dead ones, and 8-bit products on AMX end the process.
+            build=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"),),
         ),
         Engine(
             "vllm",

@@ -223,6 +223,22 @@ def test_time_is_accounted_for(start: Callable[..., Running]) -> None:
         previous = each.departed
 
 
+class DeviceRunner(FakeRunner):
+    """Says what a device took: as many nanoseconds as the batch has chunks, and nothing of the first step."""
+
+    def forward(self, batch: Batch) -> Logits:
+        logits = super().forward(batch)
+        return logits._replace(device_ns=len(batch.chunks)) if len(self.batches) > 1 else logits
+
+
+def test_what_a_device_took_is_told_of_its_step() -> None:
+    running = Running(DeviceRunner(BLOCKS, SIZE))
+    running.admit(admission(PROMPT, attempt=1, max_count=4), admission([9, 8], attempt=2, max_count=3))
+    timings = [report.timings for report in running.until_idle()]
+    running.engine.stop()
+    assert [each.device for each in timings if each is not None] == [None, 2, 2, 1]
+
+
 class TimedScheduler(Scheduler):
     """Remembers what it was told."""
 

@@ -104,7 +104,7 @@ class Subject:
 
     def logits(self, *chunks: Chunk) -> NDArray[np.float32]:
         """Logits of all chunks, in one step."""
-        logits, best = self.kernels.forward(Batch(list(chunks), []), [True] * len(chunks))
+        logits, best, *_ = self.kernels.forward(Batch(list(chunks), []), [True] * len(chunks))
         assert best == logits.argmax(1).tolist()
         values: NDArray[np.float32] = logits.numpy()
         return values
@@ -204,15 +204,15 @@ def test_a_sequence_that_is_not_finite_fails_alone_and_leaves_no_trace(dtype: st
     embedding = kernels.embedding
     embedding[broken] = torch.inf
     chunks = [subject.chunk(0, [broken] * 30, first_block=20), subject.chunk(0, token_ids)]
-    logits, best = kernels.forward(Batch(chunks, []), [True, True])
+    logits, best, *_ = kernels.forward(Batch(chunks, []), [True, True])
     assert best == [-1, alone.argmax()]
     assert (logits[1].numpy() == alone).all()
     # The next owner of the block sees nothing of it, not even in slots that it has not filled.
     later = subject.logits(subject.chunk(0, token_ids[:3], first_block=20))[0]
     assert (later == subject.logits(subject.chunk(0, token_ids[:3], first_block=25))[0]).all()
     # The sequence itself stays broken.
-    logits, best = kernels.forward(Batch([subject.chunk(0, [broken] * 30, 20)], []), [True])
-    logits, best = kernels.forward(Batch([subject.chunk(30, [1], 20)], []), [True])
+    logits, best, *_ = kernels.forward(Batch([subject.chunk(0, [broken] * 30, 20)], []), [True])
+    logits, best, *_ = kernels.forward(Batch([subject.chunk(30, [1], 20)], []), [True])
     assert best == [-1]
 
 
@@ -220,7 +220,7 @@ def test_logits_that_nobody_reads_are_not_written() -> None:
     subject = Subject(BASE, "float32", compiler.targets()[0].name)
     chunks = [subject.chunk(0, [3, 4, 5]), subject.chunk(0, [6, 7], first_block=5)]
     both = subject.logits(*chunks)
-    logits, best = subject.kernels.forward(Batch(chunks, []), [False, True])
+    logits, best, *_ = subject.kernels.forward(Batch(chunks, []), [False, True])
     assert best == both.argmax(1).tolist() and (logits[1].numpy() == both[1]).all()
 
 
@@ -231,5 +231,5 @@ def test_equal_logits_go_to_the_lowest_id() -> None:
     kernels = NativeKernels(
         library(compiler.targets()[0].name), model, "float32", block_count=2, block_size=64, threads=2
     )
-    logits, best = kernels.forward(Batch([Chunk(0, [1, 2], [0], draws=True)], []), [True])
+    logits, best, *_ = kernels.forward(Batch([Chunk(0, [1, 2], [0], draws=True)], []), [True])
     assert (logits == logits[0, 0]).all() and best == [0]

@@ -6,11 +6,10 @@ from itertools import chain
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.shard.kernels.plan import StepPlan, TileGroup, Tiling, move, plan_step
+from services.shard.kernels.plan import StepPlan, TileGroup, Tiling, plan_step
 from services.shard.scheduler import Batch, Chunk
 
 BLOCK_SIZE = 8
@@ -127,21 +126,3 @@ def test_rows_are_the_tokens_of_the_chunks(tiling: Tiling, batch: Batch) -> None
     ):
         assert len(padded) % tiling.rows[-1] == 0
         assert 0 <= len(padded) - needed < tiling.rows[-1]
-
-
-@settings(deadline=None, max_examples=20)
-@given(batch=batches())
-def test_a_moved_plan_is_the_plan(batch: Batch) -> None:
-    plan = plan_step(batch, BLOCK_SIZE, TILINGS[1], [None, 13])
-    assert move(plan, "cpu") is plan
-    moved = move(plan, "cpu:0")  # the way to another device
-    assert moved.token_ids.data_ptr() != plan.token_ids.data_ptr()
-    assert (moved.row_count, moved.drawn_count) == (plan.row_count, plan.drawn_count)
-    for name in ("token_ids", "positions", "blocks", "slots", "drawn_rows"):
-        assert torch.equal(getattr(moved, name), getattr(plan, name))
-    for window, layout in plan.layouts.items():
-        assert torch.equal(moved.layouts[window].output_rows, layout.output_rows)
-        for group, copy in zip(layout.groups, moved.layouts[window].groups, strict=True):
-            assert (copy.tiles, copy.queries, copy.rank_sizes) == (group.tiles, group.queries, group.rank_sizes)
-            for name in ("rows", "blocks", "item_tiles", "tile_items", "hidden"):
-                assert torch.equal(getattr(copy, name), getattr(group, name))

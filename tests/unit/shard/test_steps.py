@@ -24,6 +24,16 @@ def test_the_steps_of_a_generation_with_all_who_were_in_them() -> None:
     assert [item.attributes["fermata.step.number"] for item in log.spans("other")] == [1, 2]
 
 
+def test_what_a_device_took_is_told_where_there_is_one() -> None:
+    log = StepLog("shard")
+    log.add(record(1, one=1))
+    log.add(record(2, one=1)._replace(timings=Timings(2000, 10_000, 20_000, 30_000, 90_000, device=15_000)))
+    without, with_device = log.spans("one")
+    assert "fermata.step.device_us" not in without.attributes
+    assert with_device.attributes["fermata.step.device_us"] == 15
+    assert with_device.attributes["fermata.token.forward_us"] == 20
+
+
 def test_the_oldest_are_forgotten() -> None:
     log = StepLog("shard")
     for number in range(KEPT_STEPS + 2):

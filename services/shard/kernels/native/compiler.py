@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +93,14 @@ def build(target: Target, folder: Path | None = None, compilers: Sequence[str] =
     return library
 
 
+def main() -> None:
+    """Compiles ahead of the first use, which otherwise waits for it; a machine without a compiler is no error."""
+    try:
+        build(targets()[0])
+    except (CompilerMissing, OSError) as error:
+        print(f"no native kernels: {error}", file=sys.stderr)
+
+
 def _compile(command: Sequence[str], library: Path) -> None:
     log.info("compiling the native kernels", extra={"library": library.name})
     partial = library.with_suffix(f".{os.getpid()}")
@@ -100,7 +109,9 @@ def _compile(command: Sequence[str], library: Path) -> None:
             [*command, str(SOURCES / "library.cpp"), "-o", str(partial)], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise CompilerMissing(f"{command[0]} cannot translate the kernels: {done.stderr.strip()[:2000]}")
+            lines = done.stderr.splitlines()
+            error = next((line for line in lines if "error" in line), " ".join(lines[:1]))
+            raise CompilerMissing(f"{command[0]} cannot translate the kernels: {error}")
         partial.replace(library)
     finally:
         partial.unlink(missing_ok=True)
@@ -113,3 +124,7 @@ def _hash(command: Sequence[str]) -> str:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,10 @@ class Best {
     wrong_.reserve(static_cast<size_t>(rows) * kLanes);
   }
 
-  void clear(int rows) {
+  // Forgets what was seen in another step.
+  void begin(long step, int rows) {
+    if (step == step_) return;
+    step_ = step;
     const size_t count = static_cast<size_t>(rows) * kLanes;
     std::fill(values_.data(), values_.data() + count, -std::numeric_limits<float>::infinity());
     std::fill(columns_.data(), columns_.data() + count, std::numeric_limits<int32_t>::max());
@@ -41,11 +44,12 @@ class Best {
     store(wrong_.data() + place, load(wrong_.data() + place) + (logits - logits));
   }
 
-  // The id that is best for a row after all threads; `kNone` where a logit is not finite.
-  static int32_t of(const std::vector<Best>& threads, int row) {
+  // The id that is best for a row after all threads that took part; `kNone` where a logit is not finite.
+  static int32_t of(const std::vector<Best>& threads, long step, int row) {
     float most = -std::numeric_limits<float>::infinity();
     int32_t id = std::numeric_limits<int32_t>::max();
-    for (const Best& best : threads)
+    for (const Best& best : threads) {
+      if (best.step_ != step) continue;
       for (int lane = 0; lane < kLanes; ++lane) {
         const size_t place = static_cast<size_t>(row) * kLanes + lane;
         if (best.wrong_[place] != 0.0f) return kNone;
@@ -54,10 +58,12 @@ class Best {
         const int32_t here = best.columns_[place] + lane;
         if (value > most || (value == most && here < id)) most = value, id = here;
       }
+    }
     return id;
   }
 
  private:
+  long step_ = -1;
   Buffer<float> values_, wrong_;
   Buffer<int32_t> columns_;
 };

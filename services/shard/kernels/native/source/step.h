@@ -33,25 +33,25 @@ class TypedStepper final : public Stepper {
         group_(model.heads / model.kv_heads),
         head_(round_up(model.head_size, kPanel)),
         hidden_stride_(round_up(model.hidden, kPanel)),
-        team_(threads),
         scratch_(threads),
         best_(threads),
         rows_of_threads_(threads),
-        rounded_(threads) {}
+        rounded_(threads),
+        layouts_(threads),
+        team_(
+            threads, model.layer_count * kMostPhases + kOtherPhases,
+            [this](int thread) { layouts_[thread] = layout_; }, [this](Worker& worker) { run(worker); }) {}
 
   void forward(const StepLayout& step) override {
-    reserve(step);
-    team_.run([&](int thread) {
-      embed(thread, step);
-      for (int index = 0; index < model_.layer_count; ++index) run_layer(thread, step, index);
-      finish(thread, step);
-#if defined(FERMATA_AMX)
-      TileShape::release();
-#endif
+    team_.run([&] {
+      layout_ = step;
+      reserve(step);
+      ++step_;
     });
   }
 
  private:
+  static constexpr int kMostPhases = 12, kOtherPhases = 8;  // of a layer; around the layers
   static constexpr int kRows = 32;                  // rows that meet a panel at a time
   static constexpr size_t kOperandBytes = 1 << 20;  // rows of an operand that stay in the second-level cache
 
@@ -75,12 +75,23 @@ class TypedStepper final : public Stepper {
     for (auto& row : rows_of_threads_) row.reserve(std::max(hidden_stride_, 2 * head_));
   }
 
+  // What every thread does in a step.
+  void run(Worker& worker) {
+    const StepLayout& step = layouts_[worker.thread];
+    embed(worker, step);
+    for (int index = 0; index < model_.layer_count; ++index) run_layer(worker, step, index);
+    finish(worker, step);
+#if defined(FERMATA_AMX)
+    TileShape::release();
+#endif
+  }
+
   // Row `row` of the residual stream.
   float* hidden(int row) const { return hidden_.data() + static_cast<size_t>(row) * hidden_stride_; }
   float* output(int row) const { return output_.data() + static_cast<size_t>(row) * hidden_stride_; }
 
-  void embed(int thread, const StepLayout& step) {
-    team_.phase(thread, step.rows, [&](int row) {
+  void embed(Worker& worker, const StepLayout& step) {
+    team_.phase(worker, step.rows, [&](int row) {
       const size_t place = static_cast<size_t>(step.token_ids[row]) * model_.hidden;
       float* const target = hidden(row);
       for (int column = 0; column < model_.hidden; ++column) {
@@ -94,34 +105,34 @@ class TypedStepper final : public Stepper {
     });
   }
 
-  void run_layer(int thread, const StepLayout& step, int index) {
+  void run_layer(Worker& worker, const StepLayout& step, int index) {
     const Layer& layer = model_.layers[index];
     const int rows = step.rows;
-    team_.phase(thread, rows, [&](int row) { put_normed(thread, normed_, row, row, layer.attention_norm); });
+    team_.phase(worker, rows, [&](int row) { put_normed(worker, normed_, row, row, layer.attention_norm); });
     const int width = layer.query_key_value.panel_count * kPanel;
-    multiply_rows_by(thread, normed_, rows, layer.query_key_value, &layer.output, [&](int row, int column, Floats left, Floats right) {
+    multiply_rows_by(worker, normed_, rows, layer.query_key_value, &layer.output, [&](int row, int column, Floats left, Floats right) {
       float* const target = projected_.data() + static_cast<size_t>(row) * width + column;
       store(target, left);
       store(target + kLanes, right);
     });
-    team_.phase(thread, rows, [&](int row) { place_row(thread, step, layer, row); });
-    team_.phase(thread, step.tiles * model_.kv_heads, [&](int item) {
-      attend_tile(thread, step, layer, item / model_.kv_heads, item % model_.kv_heads);
+    team_.phase(worker, rows, [&](int row) { place_row(worker, step, layer, row); });
+    team_.phase(worker, step.tiles * model_.kv_heads, [&](int item) {
+      attend_tile(worker, step, layer, item / model_.kv_heads, item % model_.kv_heads);
     });
-    complete(thread, mixed_, rows, model_.heads * model_.head_size);
-    add_product(thread, mixed_, rows, layer.output, &layer.gate_up, layer.post_attention_norm);
-    team_.phase(thread, rows, [&](int row) {
-      add_post_normed(thread, row, layer.post_attention_norm);
-      put_normed(thread, normed_, row, row, layer.feed_forward_norm);
+    complete(worker, mixed_, rows, model_.heads * model_.head_size);
+    add_product(worker, mixed_, rows, layer.output, &layer.gate_up, layer.post_attention_norm);
+    team_.phase(worker, rows, [&](int row) {
+      add_post_normed(worker, row, layer.post_attention_norm);
+      put_normed(worker, normed_, row, row, layer.feed_forward_norm);
     });
-    multiply_rows_by(thread, normed_, rows, layer.gate_up, &layer.down, [&](int row, int column, Floats gate, Floats up) {
+    multiply_rows_by(worker, normed_, rows, layer.gate_up, &layer.down, [&](int row, int column, Floats gate, Floats up) {
       put_wide(gated_, row, column / 2, (model_.activation == 0 ? silu(gate) : gelu_tanh(gate)) * up);
     });
-    complete(thread, gated_, rows, model_.intermediate);
+    complete(worker, gated_, rows, model_.intermediate);
     const Linear* const following = index + 1 < model_.layer_count ? &model_.layers[index + 1].query_key_value : &model_.head;
-    add_product(thread, gated_, rows, layer.down, following, layer.post_feed_forward_norm);
+    add_product(worker, gated_, rows, layer.down, following, layer.post_feed_forward_norm);
     if (layer.post_feed_forward_norm != nullptr)
-      team_.phase(thread, rows, [&](int row) { add_post_normed(thread, row, layer.post_feed_forward_norm); });
+      team_.phase(worker, rows, [&](int row) { add_post_normed(worker, row, layer.post_feed_forward_norm); });
   }
 
   // Root-mean-square normalisation (Zhang and Sennrich 2019) of `values`, which end with zeros up to a whole vector.
@@ -136,15 +147,15 @@ class TypedStepper final : public Stepper {
       store(target + column, load(values + column) * scale * load(weight + column));
   }
 
-  void put_normed(int thread, Operand<Weight>& operand, int target, int row, const float* weight) {
-    float* const values = rows_of_threads_[thread].data();
+  void put_normed(Worker& worker, Operand<Weight>& operand, int target, int row, const float* weight) {
+    float* const values = rows_of_threads_[worker.thread].data();
     normalise(hidden(row), model_.hidden, model_.epsilon, weight, values);
     operand.put_row(target, values, model_.hidden);
   }
 
-  void add_post_normed(int thread, int row, const float* weight) {
+  void add_post_normed(Worker& worker, int row, const float* weight) {
     if (weight == nullptr) return;
-    float* const values = rows_of_threads_[thread].data();
+    float* const values = rows_of_threads_[worker.thread].data();
     normalise(output(row), model_.hidden, model_.epsilon, weight, values);
     for (int column = 0; column < model_.hidden; column += kLanes)
       store(hidden(row) + column, load(hidden(row) + column) + load(values + column));
@@ -153,15 +164,15 @@ class TypedStepper final : public Stepper {
   // `take(row, column, left, right)` gets the products of each row with 32 columns, bias included. Weights are one
   // stream from memory: behind the last panel of a thread comes the first of the `following` matrix.
   template <class Take>
-  void multiply_rows_by(int thread, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
+  void multiply_rows_by(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
                         const Take& take) {
     const int fitting = static_cast<int>(kOperandBytes / (linear.inner * sizeof(Element)));
     const int block = std::max(kRows, fitting / kRows * kRows), blocks = (rows + block - 1) / block;
-    const int own_end = team_.begin_of(thread + 1, blocks * linear.panel_count);
-    team_.phase(thread, blocks * linear.panel_count, [&](int item) {
+    const int own_end = team_.begin_of(worker.thread + 1, blocks * linear.panel_count);
+    team_.phase(worker, blocks * linear.panel_count, [&](int item) {
       const void* ahead = item + 1 != own_end ? panel_of<Weight>(linear, (item + 1) % linear.panel_count)
                           : following != nullptr
-                              ? panel_of<Weight>(*following, team_.begin_of(thread, following->panel_count))
+                              ? panel_of<Weight>(*following, team_.begin_of(worker.thread, following->panel_count))
                               : nullptr;
       const int panel = item % linear.panel_count, begin = item / linear.panel_count * block;
       const int end = std::min(rows, begin + block), column = panel * kPanel;
@@ -178,9 +189,9 @@ class TypedStepper final : public Stepper {
   }
 
   // Adds a product to the residual stream, or puts it aside for a norm.
-  void add_product(int thread, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
+  void add_product(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
                    const float* post_norm) {
-    multiply_rows_by(thread, operand, rows, linear, following, [&](int row, int column, Floats left, Floats right) {
+    multiply_rows_by(worker, operand, rows, linear, following, [&](int row, int column, Floats left, Floats right) {
       float* const target = (post_norm != nullptr ? output(row) : hidden(row)) + column;
       store(target, post_norm != nullptr ? left : load(target) + left);
       store(target + kLanes, post_norm != nullptr ? right : load(target + kLanes) + right);
@@ -206,21 +217,21 @@ class TypedStepper final : public Stepper {
     }
   }
 
-  void complete(int thread, Operand<Weight>& operand, int rows, int count) {
+  void complete(Worker& worker, Operand<Weight>& operand, int rows, int count) {
     if constexpr (std::is_same_v<Weight, int8_t>)
-      team_.phase(thread, rows, [&](int row) {
+      team_.phase(worker, rows, [&](int row) {
         operand.put_row(row, wide_.data() + static_cast<size_t>(row) * wide_stride_, count);
       });
   }
 
   // Turns the heads of a row and puts queries in order, keys and values into their page.
-  void place_row(int thread, const StepLayout& step, const Layer& layer, int row) {
+  void place_row(Worker& worker, const StepLayout& step, const Layer& layer, int row) {
     const int size = model_.head_size, page = model_.page, position = step.positions[row], slot = position % page;
     const float* const cosine = layer.rotation + static_cast<size_t>(position) * size;
     const float* const sine = cosine + size / 2;
     const float* heads = projected_.data() + static_cast<size_t>(row) * layer.query_key_value.panel_count * kPanel;
-    float *const head = rows_of_threads_[thread].data(), *const turned = head + head_;
-    Element* const rounded = rounded_[thread].data();
+    float *const head = rows_of_threads_[worker.thread].data(), *const turned = head + head_;
+    Element* const rounded = rounded_[worker.thread].data();
     std::fill(turned + size, turned + head_, 0.0f);
     const auto turn = [&](const float* source, const float* norm, float scale) {
       std::memset(head, 0, head_ * sizeof(float));
@@ -269,9 +280,9 @@ class TypedStepper final : public Stepper {
     return (static_cast<size_t>(block) * model_.kv_heads + kv_head) * head_ * model_.page;
   }
 
-  void attend_tile(int thread, const StepLayout& step, const Layer& layer, int tile, int kv_head) {
+  void attend_tile(Worker& worker, const StepLayout& step, const Layer& layer, int tile, int kv_head) {
     const int first = step.tile_first_row[tile], rows = step.tile_row_count[tile] * group_, size = model_.head_size;
-    auto& scratch = scratch_[thread];
+    auto& scratch = scratch_[worker.thread];
     const size_t place = page_place(0, kv_head);
     attend<Element>({static_cast<const Element*>(layer.keys) + place, static_cast<const Element*>(layer.values) + place,
                      page_place(1, 0), step.tables + step.tile_table[tile], model_.page, head_},
@@ -287,8 +298,8 @@ class TypedStepper final : public Stepper {
   }
 
   // The final norm, the head, and the best id of each row.
-  void finish(int thread, const StepLayout& step) {
-    team_.phase(thread, step.rows, [&](int row) {
+  void finish(Worker& worker, const StepLayout& step) {
+    team_.phase(worker, step.rows, [&](int row) {
       Floats wrong{};
       for (int column = 0; column < model_.hidden; column += kLanes) {
         const Floats value = load(hidden(row) + column);
@@ -296,23 +307,23 @@ class TypedStepper final : public Stepper {
       }
       step.finite[row] = sum(wrong) == 0.0f;
     });
-    team_.phase(thread, step.drawn, [&](int index) {
-      put_normed(thread, normed_, index, step.drawn_rows[index], model_.norm);
+    team_.phase(worker, step.drawn, [&](int index) {
+      put_normed(worker, normed_, index, step.drawn_rows[index], model_.norm);
     });
-    auto& best = best_[thread];
-    best.clear(step.drawn);
+    auto& best = best_[worker.thread];
     const float softcap = model_.logit_softcap;
-    multiply_rows_by(thread, normed_, step.drawn, model_.head, nullptr, [&](int row, int column, Floats left, Floats right) {
+    multiply_rows_by(worker, normed_, step.drawn, model_.head, nullptr, [&](int row, int column, Floats left, Floats right) {
       if (softcap > 0.0f) {
         left = softcap * hyperbolic_tangent(left / softcap);
         right = softcap * hyperbolic_tangent(right / softcap);
       }
+      best.begin(step_, step.drawn);
       best.see(row, column, left, model_.vocabulary);
       best.see(row, column + kLanes, right, model_.vocabulary);
       if (step.wants_logits[row]) put_logits(step, row, column, left, right);
     });
-    team_.phase(thread, step.drawn, [&](int row) {
-      step.best[row] = Best::of(best_, row);
+    team_.phase(worker, step.drawn, [&](int row) {
+      step.best[row] = Best::of(best_, step_, row);
       if (!step.finite[step.drawn_rows[row]]) step.best[row] = -1;
     });
   }
@@ -328,7 +339,8 @@ class TypedStepper final : public Stepper {
   const Model model_;
   const int group_, head_, hidden_stride_;
   int wide_stride_ = 0;
-  Team team_;
+  long step_ = 0;
+  StepLayout layout_{};
   Buffer<float> hidden_, output_, projected_, wide_;
   Buffer<Element> queries_;
   Operand<Weight> normed_, mixed_, gated_;
@@ -336,6 +348,8 @@ class TypedStepper final : public Stepper {
   std::vector<Best> best_;
   std::vector<Buffer<float>> rows_of_threads_;
   std::vector<Buffer<Element>> rounded_;
+  std::vector<StepLayout> layouts_;  // of each thread: a late one still has that of its own step
+  Team team_;  // last: its threads end before what they use
 };
 
 }  // namespace fermata
