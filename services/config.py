@@ -85,7 +85,7 @@ class ShardConfig(ServiceConfig):
         "without prompts, and the time of 16 prompt tokens apart; 0 sets no limit",
     )
     kv_memory: int = setting(0, "bytes of the KV pool; 0 takes 25 %% of the free memory, at most 1 GiB")
-    threads: int = setting(1, "compute threads")
+    threads: int = setting(0, "compute threads; 0 takes one for a small model, else one per core")
     dtype: str = setting("auto", "auto (as stored), float32, bfloat16 or int8")
     device: str = setting("cpu", "cpu, cuda or cuda:N")
     kernels: str = setting("auto", "auto (native where they can be had), native or plain")
@@ -133,7 +133,7 @@ class SystemConfig:
     redis_url: str = setting("", "session store to use instead of the embedded one")
     replicas: tuple[str, ...] = setting((), "replicas per service, like tokenizer=2,shard=2")
     testing: bool = setting(False, "allow failpoints and planted bugs")
-    threads: int = setting(1, "compute threads of each shard")
+    threads: int = setting(0, "compute threads of each shard; 0 takes one for a small model, else one per core")
     dtype: str = setting("auto", "what shards compute in: auto (as stored), float32, bfloat16 or int8")
     device: str = setting("cpu", "what shards compute on: cpu, cuda or cuda:N")
     kernels: str = setting("auto", "what shards compute with: auto (native where they can be had), native or plain")

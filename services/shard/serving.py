@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +19,16 @@ from services.common.telemetry import Telemetry
 from services.common.telemetry_service import TelemetryService
 from services.common.types import SamplingProgram
 from services.config import ShardConfig, telemetry_settings
+from services.shard import weights
 from services.shard.blocks import BlockPool
 from services.shard.engine import Engine
 from services.shard.runner import Runner
 from services.shard.scheduler import Scheduler
 from services.shard.service import Description, ShardService
 from services.shard.v1 import shard_pb2_grpc
+
+_SMALL_MODEL = 64 << 20
+"""Bytes of weights."""
 
 
 class Shard:
@@ -72,11 +78,12 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
     Raises:
         ValueError: the model cannot be served with these settings.
     """
+    folder = find_model(config.model)
     runner = Runner(
-        find_model(config.model),
+        folder,
         block_size=config.block_size,
         kv_memory=config.kv_memory,
-        threads=config.threads,
+        threads=config.threads or _threads_for(folder),
         dtype=config.dtype,
         device=config.device,
         kernels=config.kernels,
@@ -101,6 +108,13 @@ def build(config: ShardConfig, telemetry: Telemetry) -> ShardService:
         step_sequences=config.step_sequences,
     )
     return ShardService(Engine(scheduler, runner), description, telemetry, secrets.token_hex(16))
+
+
+def _threads_for(folder: Path) -> int:
+    """One thread for a small model, whose steps are over before a second one is of use; else all cores."""
+    if weights.stored_bytes(folder) <= _SMALL_MODEL:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw_once(vocabulary_size: int) -> None:

@@ -92,6 +92,15 @@ def load_model(folder: Path, dtype: str = "auto") -> Transformer:
     return model
 
 
+def stored_bytes(folder: Path) -> int:
+    """Size of all weight files.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    return sum(path.stat().st_size for path in _weight_files(folder))
+
+
 def hash_weights(folder: Path) -> str:
     """SHA-256 of the configuration and of all weight files with their names: part of the fingerprint (R20).
 

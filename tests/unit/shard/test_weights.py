@@ -219,3 +219,8 @@ def test_other_models_come_from_the_hub_as_data_alone(folder: Path, monkeypatch:
     assert asked == [("someone/some-model", ["*.safetensors", "*.json", "*.jinja"])]
     with pytest.raises(ValueError, match="someone/missing"):
         model_folder.find_model("someone/missing")
+
+
+def test_stored_bytes_are_those_of_all_files(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", random_model())
+    assert weights.stored_bytes(folder) == (folder / "model.safetensors").stat().st_size
