@@ -30,6 +30,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := services clients/python protos tests infra
 STAMP := $(VENV)/.setup
+NATIVE := $(wildcard services/shard/kernels/native/source/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -78,7 +79,7 @@ lint: setup
 	$(call step,lint (ruff),$(BIN)/ruff check .)
 
 format: setup
-	$(call step,format (ruff; `make fix` repairs),$(BIN)/ruff format --check .)
+	$(call step,format (`make fix` repairs),$(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(NATIVE))
 
 types: setup
 	$(call step,types (mypy --strict),$(BIN)/mypy $(SOURCES))
@@ -98,7 +99,8 @@ alerts: setup
 
 fix: setup
 	@$(BIN)/ruff check --fix -q .
-	@$(BIN)/ruff format -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(NATIVE)
 
 # `make test` does the same at eight seeded offsets per kind.
 faults: setup

@@ -17,12 +17,12 @@ constexpr int kSplit = 256;
 // Scratch memory of one thread.
 template <class Element>
 struct AttentionScratch {
-  Buffer<float> scores;     // [rows, 256]
-  Buffer<Element> weights;  // [rows, 256]
-  Buffer<float> part;       // [rows, head]
-  Buffer<float> total;      // [rows, head]
-  Buffer<float> peaks;      // [rows], largest score so far
-  Buffer<float> masses;     // [rows], sum of the weights so far
+  Buffer<float> scores;                   // [rows, 256]
+  Buffer<Element> weights;                // [rows, 256]
+  Buffer<float> part;                     // [rows, head]
+  Buffer<float> total;                    // [rows, head]
+  Buffer<float> peaks;                    // [rows], largest score so far
+  Buffer<float> masses;                   // [rows], sum of the weights so far
   Buffer<float> part_peaks, part_masses;  // the same of one split
 
   void reserve(int rows, int head) {
@@ -54,10 +54,11 @@ struct Window {
   int first_seen(int position) const { return size > 0 && position >= size ? position - size + 1 : 0; }
 };
 
-// Softmax weights of one row over columns [begin, end) of a split, of which it sees [first, last]; the others weigh zero.
-// Returns the largest score (-inf if nothing is seen) and the sum of the weights.
+// Softmax weights of one row over columns [begin, end) of a split, of which it sees [first, last]; the others weigh
+// zero. Returns the largest score (-inf if nothing is seen) and the sum of the weights.
 template <class Element>
-inline float weigh(float* scores, Element* weights, int begin, int end, int first, int last, float softcap, float& mass) {
+inline float weigh(float* scores, Element* weights, int begin, int end, int first, int last, float softcap,
+                   float& mass) {
   constexpr float kNothing = -std::numeric_limits<float>::infinity();
   first = std::max(first, begin);
   last = std::min(last, end - 1);
@@ -126,14 +127,15 @@ void attend(const Pages<Element>& pages, const Element* queries, int rows, int g
       prefetch(pages.values + pages.page_stride * block[0], bytes);
       if (column + page < end) prefetch(pages.keys + pages.page_stride * block[1], bytes);
       for (int panel = 0; panel < page; panel += kPanel, keys += kPanel * kPair<Element>)
-        multiply(rows, head, queries, head, &keys, 1, page * kPair<Element>, scratch.scores.data() + column + panel, kSplit,
-                 nullptr);
+        multiply(rows, head, queries, head, &keys, 1, page * kPair<Element>, scratch.scores.data() + column + panel,
+                 kSplit, nullptr);
     }
     for (int row = 0; row < rows; ++row) {
       const int position = positions[row / group];
       const size_t place = static_cast<size_t>(row) * kSplit;
-      scratch.part_peaks[row] = weigh(&scratch.scores[place], &scratch.weights[place], begin, end,
-                                      window.first_seen(position) - base, position - base, softcap, scratch.part_masses[row]);
+      scratch.part_peaks[row] =
+          weigh(&scratch.scores[place], &scratch.weights[place], begin, end, window.first_seen(position) - base,
+                position - base, softcap, scratch.part_masses[row]);
     }
     const Element* values[kSplit / kPanel];
     int count = 0;

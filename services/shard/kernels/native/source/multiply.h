@@ -18,9 +18,9 @@
 
 namespace fermata {
 
-constexpr int kPanel = 32;  // columns of a panel: two vectors
+constexpr int kPanel = 32;      // columns of a panel: two vectors
 constexpr int kInnerStep = 64;  // `inner` is a multiple of this, filled up with zeros
-constexpr int kSlice = 256;  // float32 sums of so many products are added up apart: a long sum loses fewer bits
+constexpr int kSlice = 256;     // float32 sums of so many products are added up apart: a long sum loses fewer bits
 
 // Rows that share one pass over a panel: their sums stay in registers.
 #if defined(__AVX512F__)
@@ -47,8 +47,8 @@ inline void add_products(int inner, const float* a, int a_stride, const float* b
 }
 
 template <int Rows>
-inline void add_products(int inner, const BFloat16* a, int a_stride, const BFloat16* b, int b_stride,
-                         const char* ahead, Floats (&sums)[Rows][2]) {
+inline void add_products(int inner, const BFloat16* a, int a_stride, const BFloat16* b, int b_stride, const char* ahead,
+                         Floats (&sums)[Rows][2]) {
   for (int k = 0; k < inner; k += 2) {
     const BFloat16* line = b + static_cast<long>(k / 2) * b_stride;
     if (ahead != nullptr) prefetch(ahead + k * sizeof(BFloat16) * kPanel, 2 * sizeof(BFloat16) * kPanel);
@@ -104,13 +104,14 @@ inline void multiply_at_most(int rows, int inner, const Element* a, int a_stride
   }
   if constexpr (Rows > 1) {
     if (rows > 0)
-      multiply_at_most<(Rows > 8 ? 8 : Rows / 2)>(rows, inner, a, a_stride, b, b_stride, c, c_stride, accumulate, ahead);
+      multiply_at_most<(Rows > 8 ? 8 : Rows / 2)>(rows, inner, a, a_stride, b, b_stride, c, c_stride, accumulate,
+                                                  ahead);
   }
 }
 
-// C[rows][32] = A * B, where B is `segment_count` panels of `inner` lines each, one continuing the other. Strides are in
-// elements; that of B is from one group of `kPair` lines to the next. `ahead` is a panel of as many lines that will be
-// read next, or null: memory stays busy while sums are put away.
+// C[rows][32] = A * B, where B is `segment_count` panels of `inner` lines each, one continuing the other. Strides are
+// in elements; that of B is from one group of `kPair` lines to the next. `ahead` is a panel of as many lines that will
+// be read next, or null: memory stays busy while sums are put away.
 template <class Element>
 inline void multiply(int rows, int inner, const Element* a, int a_stride, const Element* const* segments,
                      int segment_count, int b_stride, float* c, int c_stride, const void* ahead) {

@@ -55,8 +55,10 @@ inline void multiply_amx(int rows, int inner, const BFloat16* a, int a_stride, c
   for (int first = 0; first < rows; first += 2 * kTile) {
     const int count = rows - first < 2 * kTile ? rows - first : 2 * kTile;
     const bool two = count > kTile;
-    const BFloat16 *upper = a + static_cast<long>(first) * a_stride, *lower = upper + static_cast<long>(kTile) * a_stride;
-    float *upper_sums = c + static_cast<long>(first) * c_stride, *lower_sums = upper_sums + static_cast<long>(kTile) * c_stride;
+    const BFloat16 *upper = a + static_cast<long>(first) * a_stride,
+                   *lower = upper + static_cast<long>(kTile) * a_stride;
+    float *upper_sums = c + static_cast<long>(first) * c_stride,
+          *lower_sums = upper_sums + static_cast<long>(kTile) * c_stride;
     TileShape::set(count);
     _tile_zero(0);
     _tile_zero(1);

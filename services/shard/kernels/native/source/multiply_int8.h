@@ -1,8 +1,8 @@
 // The product of `multiply.h` for weights of 8 bits: C[rows][32] = A[rows][inner] * B[inner][32], A in 16 bits.
 //
-// A row of A is a fixed-point number per element, q = 256 * high + low with both bytes unsigned and 32768 added, so that
-// the instructions that multiply bytes do all the work and weights stay the bytes that they are in memory. Sums are
-// integers and exact: every instruction set gives the same ones. The offset is taken away by the columns' sums.
+// A row of A is a fixed-point number per element, q = 256 * high + low with both bytes unsigned and 32768 added, so
+// that the instructions that multiply bytes do all the work and weights stay the bytes that they are in memory. Sums
+// are integers and exact: every instruction set gives the same ones. The offset is taken away by the columns' sums.
 //
 // A panel is [inner / 4][32][4] bytes. Knows layouts; nothing of scales.
 #pragma once

@@ -39,8 +39,8 @@ class TypedStepper final : public Stepper {
         rounded_(threads),
         layouts_(threads),
         team_(
-            threads, model.layer_count * kMostPhases + kOtherPhases,
-            [this](int thread) { layouts_[thread] = layout_; }, [this](Worker& worker) { run(worker); }) {}
+            threads, model.layer_count * kMostPhases + kOtherPhases, [this](int thread) { layouts_[thread] = layout_; },
+            [this](Worker& worker) { run(worker); }) {}
 
   void forward(const StepLayout& step) override {
     team_.run([&] {
@@ -52,8 +52,8 @@ class TypedStepper final : public Stepper {
 
  private:
   static constexpr int kMostPhases = 12, kOtherPhases = 8;  // of a layer; around the layers
-  static constexpr int kRows = 32;                  // rows that meet a panel at a time
-  static constexpr size_t kOperandBytes = 1 << 20;  // rows of an operand that stay in the second-level cache
+  static constexpr int kRows = 32;                          // rows that meet a panel at a time
+  static constexpr size_t kOperandBytes = 1 << 20;          // rows of an operand that stay in the second-level cache
 
   void reserve(const StepLayout& step) {
     const int rows = step.rows;
@@ -95,10 +95,11 @@ class TypedStepper final : public Stepper {
       const size_t place = static_cast<size_t>(step.token_ids[row]) * model_.hidden;
       float* const target = hidden(row);
       for (int column = 0; column < model_.hidden; ++column) {
-        const float value = model_.embedding_kind == 0
-                                ? static_cast<const float*>(model_.embedding)[place + column]
-                                : bits_of<float>(static_cast<uint32_t>(
-                                      static_cast<const uint16_t*>(model_.embedding)[place + column]) << 16);
+        const float value =
+            model_.embedding_kind == 0
+                ? static_cast<const float*>(model_.embedding)[place + column]
+                : bits_of<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(model_.embedding)[place + column])
+                                 << 16);
         target[column] = value * model_.embedding_scale;
       }
       std::fill(target + model_.hidden, target + hidden_stride_, 0.0f);
@@ -110,26 +111,28 @@ class TypedStepper final : public Stepper {
     const int rows = step.rows;
     team_.phase(worker, rows, [&](int row) { put_normed(worker, normed_, row, row, layer.attention_norm); });
     const int width = layer.query_key_value.panel_count * kPanel;
-    multiply_rows_by(worker, normed_, rows, layer.query_key_value, &layer.output, [&](int row, int column, Floats left, Floats right) {
-      float* const target = projected_.data() + static_cast<size_t>(row) * width + column;
-      store(target, left);
-      store(target + kLanes, right);
-    });
+    multiply_rows_by(worker, normed_, rows, layer.query_key_value, &layer.output,
+                     [&](int row, int column, Floats left, Floats right) {
+                       float* const target = projected_.data() + static_cast<size_t>(row) * width + column;
+                       store(target, left);
+                       store(target + kLanes, right);
+                     });
     team_.phase(worker, rows, [&](int row) { place_row(worker, step, layer, row); });
-    team_.phase(worker, step.tiles * model_.kv_heads, [&](int item) {
-      attend_tile(worker, step, layer, item / model_.kv_heads, item % model_.kv_heads);
-    });
+    team_.phase(worker, step.tiles * model_.kv_heads,
+                [&](int item) { attend_tile(worker, step, layer, item / model_.kv_heads, item % model_.kv_heads); });
     complete(worker, mixed_, rows, model_.heads * model_.head_size);
     add_product(worker, mixed_, rows, layer.output, &layer.gate_up, layer.post_attention_norm);
     team_.phase(worker, rows, [&](int row) {
       add_post_normed(worker, row, layer.post_attention_norm);
       put_normed(worker, normed_, row, row, layer.feed_forward_norm);
     });
-    multiply_rows_by(worker, normed_, rows, layer.gate_up, &layer.down, [&](int row, int column, Floats gate, Floats up) {
-      put_wide(gated_, row, column / 2, (model_.activation == 0 ? silu(gate) : gelu_tanh(gate)) * up);
-    });
+    multiply_rows_by(worker, normed_, rows, layer.gate_up, &layer.down,
+                     [&](int row, int column, Floats gate, Floats up) {
+                       put_wide(gated_, row, column / 2, (model_.activation == 0 ? silu(gate) : gelu_tanh(gate)) * up);
+                     });
     complete(worker, gated_, rows, model_.intermediate);
-    const Linear* const following = index + 1 < model_.layer_count ? &model_.layers[index + 1].query_key_value : &model_.head;
+    const Linear* const following =
+        index + 1 < model_.layer_count ? &model_.layers[index + 1].query_key_value : &model_.head;
     add_product(worker, gated_, rows, layer.down, following, layer.post_feed_forward_norm);
     if (layer.post_feed_forward_norm != nullptr)
       team_.phase(worker, rows, [&](int row) { add_post_normed(worker, row, layer.post_feed_forward_norm); });
@@ -164,8 +167,8 @@ class TypedStepper final : public Stepper {
   // `take(row, column, left, right)` gets the products of each row with 32 columns, bias included. Weights are one
   // stream from memory: behind the last panel of a thread comes the first of the `following` matrix.
   template <class Take>
-  void multiply_rows_by(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
-                        const Take& take) {
+  void multiply_rows_by(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear,
+                        const Linear* following, const Take& take) {
     const int fitting = static_cast<int>(kOperandBytes / (linear.inner * sizeof(Element)));
     const int block = std::max(kRows, fitting / kRows * kRows), blocks = (rows + block - 1) / block;
     const int own_end = team_.begin_of(worker.thread + 1, blocks * linear.panel_count);
@@ -189,8 +192,8 @@ class TypedStepper final : public Stepper {
   }
 
   // Adds a product to the residual stream, or puts it aside for a norm.
-  void add_product(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear, const Linear* following,
-                   const float* post_norm) {
+  void add_product(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear,
+                   const Linear* following, const float* post_norm) {
     multiply_rows_by(worker, operand, rows, linear, following, [&](int row, int column, Floats left, Floats right) {
       float* const target = (post_norm != nullptr ? output(row) : hidden(row)) + column;
       store(target, post_norm != nullptr ? left : load(target) + left);
@@ -307,21 +310,21 @@ class TypedStepper final : public Stepper {
       }
       step.finite[row] = sum(wrong) == 0.0f;
     });
-    team_.phase(worker, step.drawn, [&](int index) {
-      put_normed(worker, normed_, index, step.drawn_rows[index], model_.norm);
-    });
+    team_.phase(worker, step.drawn,
+                [&](int index) { put_normed(worker, normed_, index, step.drawn_rows[index], model_.norm); });
     auto& best = best_[worker.thread];
     const float softcap = model_.logit_softcap;
-    multiply_rows_by(worker, normed_, step.drawn, model_.head, nullptr, [&](int row, int column, Floats left, Floats right) {
-      if (softcap > 0.0f) {
-        left = softcap * hyperbolic_tangent(left / softcap);
-        right = softcap * hyperbolic_tangent(right / softcap);
-      }
-      best.begin(step_, step.drawn);
-      best.see(row, column, left, model_.vocabulary);
-      best.see(row, column + kLanes, right, model_.vocabulary);
-      if (step.wants_logits[row]) put_logits(step, row, column, left, right);
-    });
+    multiply_rows_by(worker, normed_, step.drawn, model_.head, nullptr,
+                     [&](int row, int column, Floats left, Floats right) {
+                       if (softcap > 0.0f) {
+                         left = softcap * hyperbolic_tangent(left / softcap);
+                         right = softcap * hyperbolic_tangent(right / softcap);
+                       }
+                       best.begin(step_, step.drawn);
+                       best.see(row, column, left, model_.vocabulary);
+                       best.see(row, column + kLanes, right, model_.vocabulary);
+                       if (step.wants_logits[row]) put_logits(step, row, column, left, right);
+                     });
     team_.phase(worker, step.drawn, [&](int row) {
       step.best[row] = Best::of(best_, step_, row);
       if (!step.finite[step.drawn_rows[row]]) step.best[row] = -1;
@@ -349,7 +352,7 @@ class TypedStepper final : public Stepper {
   std::vector<Buffer<float>> rows_of_threads_;
   std::vector<Buffer<Element>> rounded_;
   std::vector<StepLayout> layouts_;  // of each thread: a late one still has that of its own step
-  Team team_;  // last: its threads end before what they use
+  Team team_;                        // last: its threads end before what they use
 };
 
 }  // namespace fermata

@@ -40,8 +40,8 @@ struct Worker {
 
 class Team {
  public:
-  // `program` is run by all threads in each step, with at most `phases` phases. The thread that runs it may be late, the
-  // step over and the next one under way: outside of items it may only use what `enter(thread)` has copied for it.
+  // `program` is run by all threads in each step, with at most `phases` phases. The thread that runs it may be late,
+  // the step over and the next one under way: outside of items it may only use what `enter(thread)` has copied for it.
   Team(int size, int phases, std::function<void(int)> enter, std::function<void(Worker&)> program)
       : size_(size),
         enter_(std::move(enter)),

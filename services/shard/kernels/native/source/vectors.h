@@ -87,7 +87,8 @@ inline BFloat16 round_to<BFloat16>(float value) {
 
 // Asks for memory that will be read soon, into the second-level cache.
 inline void prefetch(const void* source, long bytes) {
-  for (long offset = 0; offset < bytes; offset += 64) __builtin_prefetch(static_cast<const char*>(source) + offset, 0, 2);
+  for (long offset = 0; offset < bytes; offset += 64)
+    __builtin_prefetch(static_cast<const char*>(source) + offset, 0, 2);
 }
 
 typedef float Floats8 __attribute__((vector_size(32)));
