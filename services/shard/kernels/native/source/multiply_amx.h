@@ -22,6 +22,8 @@ class TileShape {
       configuration.rows[tile] = static_cast<uint8_t>(upper ? first : lower ? second : 16);
       configuration.bytes_per_row[tile] = 64;
     }
+    // GCC believes that the instruction reads eight bytes, and may leave out the stores of the others.
+    asm volatile("" : : "r"(&configuration) : "memory");
     _tile_loadconfig(&configuration);
   }
 
