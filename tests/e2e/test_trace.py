@@ -40,6 +40,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iter
     environment = {
         "FERMATA_OTLP_ENDPOINT": receiver.endpoint,
         "FERMATA_SLOW_TOKEN": "0.2",
+        "FERMATA_STEP_TIME": "0",  # else a long prompt beside a stream would hardly be felt
         # Long after all else that this file does with the tokenizer.
         "FERMATA_FAILPOINTS": "tokenizer.detokenize:sleep=0.4@6000",
     }
