@@ -4,9 +4,14 @@
 #   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
-#   make bench     measure what each hop costs, and what Ray Serve costs
+#   make bench     measure what each hop costs, what Ray Serve costs, and what telemetry costs
+#   make bench-engine   measure the engine beside others on one model   OPTIONS='--precisions bf16 --rounds 3'
+#   make bench-gpu      measure decoding on a GPU, and check it against the CPU   OPTIONS='--shape qwen2.5-0.5b'
+#   make soak      ten thousand random sequences through the scheduler, and two hundred schedules per precision
 #   make faults    kill every kind of process at every offset of a stream
 #   make card      examine the built-in model and write its card   MODEL=folder takes another one
+#   make screenshots   pictures of the trace page in build/screenshots   DOCUMENT=file of `fermata trace --json`
+#   make viewer    show a trace in a collector from the npm registry, and read it back
 #   make protos    generate the Python code of the protos
 #   make setup     only set up .venv     PYTHON=python3.12, CONSTRAINTS=other.txt
 #
@@ -18,11 +23,14 @@ TORCH_INDEX ?=
 TESTS ?= tests
 WORKERS ?=
 MODEL ?=
+DOCUMENT ?=
+OPTIONS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := services clients/python protos tests infra
 STAMP := $(VENV)/.setup
+NATIVE := $(wildcard services/shard/kernels/native/source/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -30,7 +38,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint format types imports contracts fix bench faults card protos
+.PHONY: help setup run test check lint format types imports contracts alerts fix bench bench-engine bench-gpu soak faults card screenshots viewer protos
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile
@@ -48,6 +56,8 @@ setup:
 	$(PIP) install -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
 	echo 'setup: installing fermata-client and fermata-server with what they need' >&2
 	$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e clients/python -e '.[dev]'
+	echo 'setup: compiling the kernels of this machine' >&2
+	$(BIN)/python -m services.shard.kernels.native.compiler
 	echo "$$wanted $(CURDIR)" > $(STAMP)
 	echo 'setup: done' >&2
 
@@ -57,7 +67,7 @@ run: setup
 test: setup
 	@$(BIN)/python -m pytest -q $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
 
-check: lint format types imports contracts
+check: lint format types imports contracts alerts
 
 # $(call step,what it looks at,command): one line when it is well, the whole output when it is not.
 define step
@@ -69,7 +79,7 @@ lint: setup
 	$(call step,lint (ruff),$(BIN)/ruff check .)
 
 format: setup
-	$(call step,format (ruff; `make fix` repairs),$(BIN)/ruff format --check .)
+	$(call step,format (`make fix` repairs),$(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run -Werror $(NATIVE))
 
 types: setup
 	$(call step,types (mypy --strict),$(BIN)/mypy $(SOURCES))
@@ -80,20 +90,50 @@ imports: setup
 contracts: setup
 	$(call step,protos (buf) and generated code,$(BIN)/python protos/generate.py --check --lint)
 
+# Needs promtool; without it this step is skipped.
+alerts: setup
+	@if ! promtool=$$(infra/monitoring/promtool.sh $(VENV) 2>/dev/null); then
+	  printf 'check: %-44sskipped: no promtool (apt install prometheus)\n' 'alerts (promtool)'; exit 0
+	fi
+	$(call step,alerts (promtool),$$promtool check config infra/monitoring/prometheus.yaml && $$promtool test rules infra/monitoring/rules_test.yaml)
+
 fix: setup
 	@$(BIN)/ruff check --fix -q .
-	@$(BIN)/ruff format -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(NATIVE)
 
 # `make test` does the same at eight seeded offsets per kind.
 faults: setup
 	@FERMATA_FAULT_OFFSETS=63 $(BIN)/python -m pytest -q --timeout 3600 tests/e2e/test_kills.py tests/e2e/test_serve.py tests/pipeline
 
+soak: setup
+	@FERMATA_SOAK_CHOICES=10000 FERMATA_SCHEDULES=200 $(BIN)/python -m pytest -q -s --timeout 3600 \
+	  tests/unit/shard/test_soak.py tests/unit/shard/test_schedules.py
+
 bench: setup
 	@$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.serve
+	$(BIN)/python -m tests.bench.telemetry
+
+# The other engines come with `python -m tests.bench.peers.prepare`; those that are not there are left out.
+bench-engine: setup
+	@$(BIN)/python -m tests.bench.engines $(OPTIONS)
+
+# Needs a GPU; OPTIONS='--device cpu --shape smollm2-135m --batches 1 --steps 4 --prefill 64' tries it without.
+bench-gpu: setup
+	@$(BIN)/python -m tests.bench.gpu $(OPTIONS)
 
 card: setup
 	@$(BIN)/python -m infra.models.tiny.card $(if $(MODEL),--model $(MODEL))
+
+# Needs a browser: Chromium or Chrome, or what `playwright install chromium` brings.
+screenshots: setup
+	@$(PIP) install -c $(CONSTRAINTS) --no-build-isolation -e '.[screenshots]'
+	$(BIN)/python -m tests.screenshots build/screenshots $(DOCUMENT)
+
+# Installs 438 MB into .viewer; Linux on x86-64 only.
+viewer: setup
+	@FERMATA_TEST_VIEWER=$(CURDIR)/.viewer $(BIN)/python -m pytest -q tests/e2e/test_viewer.py
 
 protos: setup
 	@$(BIN)/python protos/generate.py

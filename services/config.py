@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
+from services.common.telemetry import TelemetrySettings
+
 BUILT_IN_MODEL = str(Path(__file__).resolve().parent.parent / "infra" / "models" / "tiny")
 ENVIRONMENT_PREFIX = "FERMATA_"
 CONFIGURATION_FILE = "fermata.toml"
+_OF_OTHERS = {"redis_url": "REDIS_URL", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
+"""Variables that other tools of the field read, too."""
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+KERNELS = ("auto", "native", "plain")
 REPLICATED_SERVICES = ("shard", "orchestrator", "tokenizer")
 
 
@@ -39,6 +46,30 @@ class ServiceConfig:
     port: int = setting(0, "port to listen on; 0 takes a free one")
     ready_fd: int = setting(-1, "file descriptor that is told the bound port when the service is ready")
     testing: bool = setting(False, "allow failpoints and planted bugs")
+    otlp_endpoint: str = setting(
+        "", "collector of spans and metrics (OTLP over gRPC), http://HOST:PORT; empty has none"
+    )
+    metrics_host: str = setting("127.0.0.1", "address of the Prometheus endpoint")
+    metrics_port: int = setting(0, "port of the Prometheus endpoint; 0 takes a free one, -1 has none")
+    metrics_targets: str = setting("", "folder in which the process says where, for file_sd_configs of Prometheus")
+    trace_memory: int = setting(32 << 20, "bytes of spans that are remembered for `fermata trace`")
+    trace_share: float = setting(1.0, "share of the requests whose spans the collector gets, 0 to 1")
+    waterfall_share: float = setting(0.01, "share of these that have a span for each token")
+    slow_token: float = setting(0.25, "seconds between two tokens from which on all have theirs")
+    slow_first_token: float = setting(2.0, "seconds to the first token from which on all have theirs")
+    log_format: str = setting("text", "text, or json for one object per line")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            ValueError: says which setting.
+        """
+        if self.log_format not in ("text", "json"):
+            raise ValueError(f"log_format: {self.log_format!r} is neither text nor json")
+        for name in ("trace_share", "waterfall_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +79,26 @@ class ShardConfig(ServiceConfig):
     block_size: int = setting(64, "tokens per KV block, which is also the page of attention")
     step_tokens: int = setting(512, "most tokens computed in a step")
     step_sequences: int = setting(64, "most sequences in a step")
+    step_time: float = setting(
+        50.0,
+        "milliseconds of a step that prompts may take beside running sequences, whose tokens are at most this, a step "
+        "without prompts, and the time of 16 prompt tokens apart; 0 sets no limit",
+    )
     kv_memory: int = setting(0, "bytes of the KV pool; 0 takes 25 %% of the free memory, at most 1 GiB")
-    threads: int = setting(1, "compute threads")
+    threads: int = setting(0, "compute threads; 0 takes one for a small model, else one per core")
+    dtype: str = setting("auto", "auto (as stored), float32, bfloat16 or int8")
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    kernels: str = setting("auto", "auto (native where they can be had), native or plain")
     prefix_cache: bool = setting(True, "find the KV of equal prefixes again")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            ValueError: says which setting.
+        """
+        ServiceConfig.__post_init__(self)
+        _check_compute(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +133,19 @@ class SystemConfig:
     redis_url: str = setting("", "session store to use instead of the embedded one")
     replicas: tuple[str, ...] = setting((), "replicas per service, like tokenizer=2,shard=2")
     testing: bool = setting(False, "allow failpoints and planted bugs")
-    threads: int = setting(1, "compute threads of each shard")
+    threads: int = setting(0, "compute threads of each shard; 0 takes one for a small model, else one per core")
+    dtype: str = setting("auto", "what shards compute in: auto (as stored), float32, bfloat16 or int8")
+    device: str = setting("cpu", "what shards compute on: cpu, cuda or cuda:N")
+    kernels: str = setting("auto", "what shards compute with: auto (native where they can be had), native or plain")
     local: bool = setting(False, "run the services as plain processes, without Ray")
 
     def __post_init__(self) -> None:
-        """Refuses replicas that do not parse.
+        """Refuses what cannot be meant, replicas that do not parse among it.
 
         Raises:
-            ValueError: says which.
+            ValueError: says which setting.
         """
+        _check_compute(self)
         self.replica_counts()
 
     def replica_counts(self) -> dict[str, int]:
@@ -105,6 +157,14 @@ class SystemConfig:
                 raise ValueError(f"replicas: {entry!r}: want SERVICE=COUNT with {', '.join(counts)} and at least 1")
             counts[service] = int(count)
         return counts
+
+
+def _check_compute(config: ShardConfig | SystemConfig) -> None:
+    for name, accepted in (("dtype", DTYPES), ("kernels", KERNELS)):
+        if getattr(config, name) not in accepted:
+            raise ValueError(f"{name}: {getattr(config, name)!r} is none of {', '.join(accepted)}")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device: {config.device!r} is neither cpu nor cuda nor cuda:N")
 
 
 Config = TypeVar("Config")
@@ -149,10 +209,9 @@ def load(
     values: dict[str, Any] = {}
     for item in fields:
         variable = ENVIRONMENT_PREFIX + item.name.upper()
-        # REDIS_URL is what other tools of the field read, too.
         candidates = [getattr(namespace, item.name), environment.get(variable), from_file.get(item.name)]
-        if item.name == "redis_url":
-            candidates.append(environment.get("REDIS_URL"))
+        if item.name in _OF_OTHERS:
+            candidates.append(environment.get(_OF_OTHERS[item.name]))
         given = next((value for value in candidates if value is not None), None)
         if given is not None:
             try:
@@ -187,6 +246,21 @@ def to_arguments(config: Any) -> list[str]:
         else:
             arguments.append(f"--{name}={','.join(value) if isinstance(value, tuple) else value}")
     return arguments
+
+
+def telemetry_settings(config: ServiceConfig) -> TelemetrySettings:
+    """What a service's settings say of its telemetry."""
+    return TelemetrySettings(
+        otlp_endpoint=config.otlp_endpoint,
+        metrics_host=config.metrics_host,
+        metrics_port=config.metrics_port,
+        metrics_targets=config.metrics_targets,
+        recorded_bytes=config.trace_memory,
+        trace_share=config.trace_share,
+        waterfall_share=config.waterfall_share,
+        slow_token=config.slow_token,
+        slow_first_token=config.slow_first_token,
+    )
 
 
 def process_environment() -> Mapping[str, str]:

@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from services.common import failpoints, process
+from services.common import failpoints, logs, process
 from services.common.directory import PublishedDirectory, publish
 from services.config import ServiceConfig, process_environment
 
@@ -104,14 +104,14 @@ class Replica:
     """The callable of all deployments."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, service: str, config: ServiceConfig, logs: str = "", **peers: DeploymentHandle[Any]
+        self, service: str, config: ServiceConfig, log_folder: str = "", **peers: DeploymentHandle[Any]
     ) -> None:
         """Returns when the service serves.
 
         Args:
             service: its package under `services`.
             config: its settings; an empty host becomes the node's address.
-            logs: folder for its log; empty leaves it to Ray.
+            log_folder: for its log; empty leaves it to Ray.
             peers: deployments whose directories the service is given, by the names of its parameters.
 
         Raises:
@@ -119,7 +119,8 @@ class Replica:
         """
         context = serve.get_replica_context()
         self._host = config.host or _node_address()
-        process.configure_logging(service, Path(logs) / f"{service}-{os.getpid()}.log" if logs else None)
+        log_file = Path(log_folder) / f"{service}-{os.getpid()}.log" if log_folder else None
+        logs.configure_logging(service, file=log_file, json=config.log_format == "json")
         failpoints.configure(process_environment(), testing=config.testing)
         if "tokenizers" not in peers and service == "tokenizer":
             peers["tokenizers"] = serve.get_deployment_handle(context.deployment, context.app_name)

@@ -11,9 +11,12 @@ from tests.random_model import write_serving_model
 
 
 def pytest_configure() -> None:
-    """Lets Ctrl-C mean something: a shell ignores it for what it starts in the background, and that is inherited."""
+    """Lets Ctrl-C and a closed terminal mean something: a shell and nohup ignore them for what they start, and that is
+    inherited."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

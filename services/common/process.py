@@ -1,4 +1,4 @@
-"""The life of a service in its process: logging, the ready line, signals, and the stop with grace.
+"""The life of a service in its process: the ready line, signals, and the stop with grace.
 
 A service binds its server and hands it to `run`, together with the host that it lives in: a process of its own
 (`SignalHost`), or whatever else can say when it shall stop. Knows no service and no setting; failpoints and
@@ -11,10 +11,8 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from grpc import aio
@@ -71,17 +69,6 @@ class SignalHost:
     async def stopping(self) -> None:
         """Waits for a signal."""
         await self._stop.wait()
-
-
-def configure_logging(service: str, file: Path | None = None) -> None:
-    """Sends the log to a file or to standard error, one line per event, with the service's name and process id."""
-    logging.basicConfig(
-        handlers=[logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)],
-        force=file is not None,
-        level=logging.INFO,
-        format=f"%(asctime)s.%(msecs)03d %(levelname).1s {service}[{os.getpid()}] %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
 
 
 def announce(ports: tuple[int, ...], ready_fd: int) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -45,10 +45,11 @@ _ACCEPT_PINGS = [
 ]
 
 
-def inside_channel(address: str) -> aio.Channel:
+def inside_channel(address: str, interceptors: Sequence[aio.ClientInterceptor] = ()) -> aio.Channel:
     """A channel to another service of the system, with its own connection, that redials within a second."""
     return aio.insecure_channel(
         address,
+        interceptors=list(interceptors),
         options=[
             *_KEEPALIVE,
             ("grpc.max_send_message_length", INSIDE_MESSAGE_BYTES),
@@ -63,10 +64,10 @@ def inside_channel(address: str) -> aio.Channel:
     )
 
 
-def inside_server() -> aio.Server:
+def inside_server(interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
     """A server for the other services; binds its port alone."""
     return aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(), *interceptors],
         options=[
             *_ACCEPT_PINGS,
             *_KEEPALIVE,
@@ -77,10 +78,10 @@ def inside_server() -> aio.Server:
     )
 
 
-def public_server(*, reuse_port: bool) -> aio.Server:
+def public_server(*, reuse_port: bool, interceptors: Sequence[aio.ServerInterceptor] = ()) -> aio.Server:
     """A server for clients. With `reuse_port` other processes may listen on the same port."""
     return aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[ErrorInterceptor(), *interceptors],
         options=[
             *_ACCEPT_PINGS,
             ("grpc.so_reuseport", int(reuse_port)),
@@ -173,61 +174,81 @@ async def abort(context: aio.ServicerContext[Any, Any], error: FermataError) -> 
     await context.abort(code, error.message, ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
-class ErrorInterceptor(aio.ServerInterceptor):
-    """Turns exceptions of handlers into statuses, in one place, for all kinds of calls."""
+class WrappingInterceptor(aio.ServerInterceptor):
+    """Something around every handler, whichever of the four kinds it is."""
+
+    def wrap_unary(self, method: str, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """What is done around a handler with one answer; `behavior` is a coroutine function."""
+        raise NotImplementedError
+
+    def wrap_stream(
+        self, method: str, behavior: Callable[[Any, Any], AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        """What is done around a handler with many answers; `behavior` is an async generator function."""
+        raise NotImplementedError
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wraps the handler, whichever of the four kinds it is."""
+        """Wraps the handler."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
         for kind, wrap, factory in (
-            ("unary_unary", _wrap_unary, grpc.unary_unary_rpc_method_handler),
-            ("stream_unary", _wrap_unary, grpc.stream_unary_rpc_method_handler),
-            ("unary_stream", _wrap_stream, grpc.unary_stream_rpc_method_handler),
-            ("stream_stream", _wrap_stream, grpc.stream_stream_rpc_method_handler),
+            ("unary_unary", self.wrap_unary, grpc.unary_unary_rpc_method_handler),
+            ("stream_unary", self.wrap_unary, grpc.stream_unary_rpc_method_handler),
+            ("unary_stream", self.wrap_stream, grpc.unary_stream_rpc_method_handler),
+            ("stream_stream", self.wrap_stream, grpc.stream_stream_rpc_method_handler),
         ):
             behavior = getattr(handler, kind)
             if behavior is not None:
-                if kind.endswith("stream") and not inspect.isasyncgenfunction(behavior):
-                    return handler  # the standard health and reflection servicers map their own errors
-                return factory(wrap(behavior), handler.request_deserializer, handler.response_serializer)
+                # The standard health and reflection servicers have other forms, and map their own errors.
+                form = inspect.isasyncgenfunction if kind.endswith("stream") else inspect.iscoroutinefunction
+                if not form(behavior):
+                    return handler
+                wrapped = wrap(handler_call_details.method, behavior)
+                return factory(wrapped, handler.request_deserializer, handler.response_serializer)
         return handler
 
 
-def _wrap_unary(behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            result = behavior(request, context)
-            return await result if inspect.isawaitable(result) else result
-        except FermataError as error:
-            await abort(context, error)
-        except (asyncio.CancelledError, aio.AbortError):
-            raise
-        except Exception as error:
-            await abort(context, internal_error(error))
+class ErrorInterceptor(WrappingInterceptor):
+    """Turns exceptions of handlers into statuses, in one place, for all kinds of calls."""
 
-    return wrapped
+    def wrap_unary(self, method: str, behavior: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """Around a handler with one answer."""
 
+        async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await behavior(request, context)
+            except FermataError as error:
+                await abort(context, error)
+            except (asyncio.CancelledError, aio.AbortError):
+                raise
+            except Exception as error:
+                await abort(context, internal_error(error))
 
-def _wrap_stream(behavior: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        responses = behavior(request, context)
-        try:
-            async for response in responses:
-                yield response
-        except FermataError as error:
-            await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit, aio.AbortError):
-            raise
-        except Exception as error:
-            await abort(context, internal_error(error))
-        finally:
-            # Runs the handler's own clean-up at once when the call ends in the middle of a yield.
-            await responses.aclose()  # type: ignore[attr-defined]
+        return wrapped
 
-    return wrapped
+    def wrap_stream(
+        self, method: str, behavior: Callable[[Any, Any], AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        """Around a handler with many answers."""
+
+        async def wrapped(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            responses = behavior(request, context)
+            try:
+                async for response in responses:
+                    yield response
+            except FermataError as error:
+                await abort(context, error)
+            except (asyncio.CancelledError, GeneratorExit, aio.AbortError):
+                raise
+            except Exception as error:
+                await abort(context, internal_error(error))
+            finally:
+                # Runs the handler's own clean-up at once when the call ends in the middle of a yield.
+                await responses.aclose()  # type: ignore[attr-defined]
+
+        return wrapped

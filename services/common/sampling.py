@@ -89,23 +89,41 @@ class Distribution(NamedTuple):
     probabilities: list[float]
 
 
-def draw(logits: Array, rows: Sequence[Row], *, xp: Any = None) -> Drawn:
-    """Chooses the next token of every row.
+def draw(logits: Array, rows: Sequence[Row], *, best: Sequence[int] | None = None, xp: Any = None) -> Drawn:
+    """Chooses the next token of every row, and gives the log-probabilities that the rows ask for.
 
     Args:
         logits: [R, V] float32, as the model gives them; not changed.
         rows: R of them.
+        best: the id of the largest logit of each row, the lowest such, or -1 where a logit is not finite, if whoever
+            computed the logits has it: rows that need no more than that are then not looked at (`reads_logits`).
         xp: array library to compute in, that of `logits`. None takes NumPy for whatever lies in host memory, where a
             tensor can be had as an array without a copy: the calls cost a third of torch's, and no result can depend
             on a number of threads.
-
-    Returns:
-        The tokens, and the log-probabilities that the rows ask for.
 
     Raises:
         TypeError: the logits are not float32.
     """
     xp, logits = _resident(xp, logits)
+    if best is None or all(map(reads_logits, rows)):
+        return _draw(xp, logits, rows)
+    read = [index for index, row in enumerate(rows) if reads_logits(row)]
+    drawn = Drawn(list(best), [math.nan] * len(rows), [[] for _ in rows])
+    if read:
+        part = _draw(xp, logits[xp.asarray(read, device=array_api_compat.device(logits))], [rows[i] for i in read])
+        for i, index in enumerate(read):
+            drawn.token_ids[index], drawn.logprobs[index] = part.token_ids[i], part.logprobs[i]
+            drawn.top[index] = part.top[i]
+    return drawn
+
+
+def reads_logits(row: Row) -> bool:
+    """Whether a row's draw needs more of its logits than which one is the largest."""
+    greedy = row.program.temperature == 0.0
+    return not greedy or row.logprobs or row.top_logprobs > 0 or logit_edits.needed(row)
+
+
+def _draw(xp: Any, logits: Array, rows: Sequence[Row]) -> Drawn:
     token_ids = [-1] * len(rows)
     with np.errstate(all="ignore"):  # infinities are looked for where they matter, as with torch, which never warns
         for choose, group, indices in _groups(xp, logits, rows):
@@ -117,15 +135,12 @@ def draw(logits: Array, rows: Sequence[Row], *, xp: Any = None) -> Drawn:
 
 
 def distribution(logits: Array, row: Row, *, xp: Any = None) -> Distribution:
-    """What the next token of one row is drawn from.
+    """What the next token of one row is drawn from, in order; nothing where `draw` would fail.
 
     Args:
         logits: [V] float32, as the model gives them; not changed.
         row: whose token it is.
         xp: see `draw`.
-
-    Returns:
-        The survivors in order; none where `draw` would fail.
 
     Raises:
         TypeError: the logits are not float32.

@@ -111,8 +111,9 @@ def schema(
         SystemExit: a setting of a service does not parse.
     """
     told: dict[str, Any] = {"model": config.model, "testing": config.testing}
+    compute = {name: getattr(config, name) for name in ("threads", "dtype", "device", "kernels")}
     services: dict[str, tuple[Any, dict[str, Any]]] = {
-        SHARD: (ShardConfig, {"host": INSIDE_HOST, "threads": config.threads}),
+        SHARD: (ShardConfig, {"host": INSIDE_HOST, **compute}),
         ORCHESTRATOR: (OrchestratorConfig, {"host": INSIDE_HOST, "redis_url": redis_url}),
         TOKENIZER: (TokenizerConfig, {"host": config.host, "public_port": public_port}),
     }

@@ -107,6 +107,9 @@ def shard_settings(
         model=config.model,
         host=INSIDE_HOST,
         threads=config.threads,
+        dtype=config.dtype,
+        device=config.device,
+        kernels=config.kernels,
         testing=config.testing,
     )
     return [replace(common, port=port) for port in addresses.shards]

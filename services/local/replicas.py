@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from services.local import processes
-from services.local.plan import ORCHESTRATOR, SHARD, TOKENIZER
+from services.local.cluster import DEPLOYMENTS
 from services.local.processes import ProcessName
 from services.local.state import ProcessRecord, ProcessState
 
 _TITLE = re.compile(r"ray::ServeReplica:fermata:(\w+)")
-_SERVICES = {"Shard": SHARD, "Orchestrator": ORCHESTRATOR, "Tokenizer": TOKENIZER}
+_SERVICES = {deployment: service for service, deployment in DEPLOYMENTS.items()}
 
 Told = Mapping[str, Sequence[Mapping[str, Any]]]
 """By service, what its replicas tell of themselves."""

@@ -36,6 +36,10 @@ _SERVED_INTERVAL = 0.02
 Report = Callable[[str], None]
 
 
+TARGETS = "FERMATA_METRICS_TARGETS"
+"""Tells the services in which folder Prometheus looks for them."""
+
+
 class System:
     """A running system; a context manager whose end ends everything that `start` began.
 
@@ -63,9 +67,10 @@ class System:
             modules: name of each service's Python module.
         """
         self.address = ""
-        self._config, self._environment, self._modules = config, environment, modules
+        self._config, self._modules = config, modules
         self._report, self._is_served = report, is_served
         self._state = StateDirectory(config.state_dir)
+        self._environment = {TARGETS: str(self._state.path / "targets"), **environment}
         self.log = self._state.log
         self._keepers: list[Keeper] = []
         self._changes: queue.SimpleQueue[Change | None] = queue.SimpleQueue()  # its `put` is safe in signal handlers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from services.common import failpoints, process
+from services.common import failpoints, logs, process
 from services.common.directory import StaticDirectory
 from services.common.errors import SessionStoreUnavailable
 from services.config import OrchestratorConfig, load, process_environment
@@ -21,7 +21,7 @@ def main() -> int:
     """Runs the process; returns its exit status."""
     config, _ = load(OrchestratorConfig)
     failpoints.configure(process_environment(), testing=config.testing)
-    process.configure_logging("orchestrator")
+    logs.configure_logging("orchestrator", json=config.log_format == "json")
     status = 0
     try:
         asyncio.run(run(config))

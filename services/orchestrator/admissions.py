@@ -12,6 +12,7 @@ from services.common.directory import Directory
 from services.common.errors import FingerprintMismatch, NoShard
 from services.orchestrator.convert import admit_message
 from services.orchestrator.generation import Generation
+from services.orchestrator.observer import Admission, Observer
 from services.orchestrator.placement import ShardView, choose_shard
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.shards import LinkListener, ShardLink
@@ -27,12 +28,13 @@ class Admissions:
         links: by address: to each shard that the directory knows, and to those that have left it but still answer.
     """
 
-    def __init__(self, shards: Directory, listener: LinkListener, *, window: int) -> None:
+    def __init__(self, shards: Directory, listener: LinkListener, observer: Observer, *, window: int) -> None:
         """`window` is how many tokens a shard may run ahead; `listener` is told what the links say."""
         self.links: dict[str, ShardLink] = {}
         self._shards, self._listener = shards, listener
+        self._observer = observer
         self._window = window
-        self._admitted: dict[int, tuple[Generation, Sequence]] = {}
+        self._admitted: dict[int, Admission] = {}
         self._linked = asyncio.Event()
 
     async def run(self) -> None:
@@ -105,10 +107,13 @@ class Admissions:
         leader: int | None = None
         for sequence in running:
             sequence.granted = sequence.count + self._window
-            message = admit_message(generation, sequence, grant=sequence.granted, fork_of=leader)
+            admission = self._observer.admission(generation, sequence, link.process_id)
+            message = admit_message(
+                generation, sequence, grant=sequence.granted, fork_of=leader, context=admission.context
+            )
             attempt = link.admit(message)
             generation.attempts[sequence.choice] = attempt
-            self._admitted[attempt] = (generation, sequence)
+            self._admitted[attempt] = admission
             leader = leader or attempt
         changed = generation.fingerprint is not None and generation.fingerprint != link.fingerprint
         generation.link, generation.fingerprint = link, link.fingerprint
@@ -116,21 +121,25 @@ class Admissions:
 
     def find(self, attempt: int) -> tuple[Generation, Sequence] | None:
         """What an attempt stands for; None when it is over."""
-        return self._admitted.get(attempt)
+        admission = self._admitted.get(attempt)
+        return admission[:2] if admission is not None else None
 
-    def ended(self, attempt: int) -> tuple[Generation, Sequence] | None:
-        """Notes that the shard ended an attempt by itself, and tells what it stood for."""
+    def ended(self, attempt: int, error: str) -> tuple[Generation, Sequence] | None:
+        """Notes that the shard ended an attempt by itself, with a reason, and tells what it stood for."""
         admission = self._admitted.pop(attempt, None)
-        if admission is not None:
-            generation, sequence = admission
-            generation.attempts.pop(sequence.choice, None)
-        return admission
+        if admission is None:
+            return None
+        admission.generation.attempts.pop(admission.sequence.choice, None)
+        self._observer.admission_over(admission, error)
+        return admission[:2]
 
     def end(self, generation: Generation, choice: int) -> None:
         """Frees the shard of one choice."""
         attempt = generation.attempts.pop(choice, None)
         if attempt is not None:
-            self._admitted.pop(attempt, None)
+            admission = self._admitted.pop(attempt, None)
+            if admission is not None:
+                self._observer.admission_over(admission)
             if generation.link is not None and generation.link.ready:
                 generation.link.release(attempt)
 
@@ -146,12 +155,20 @@ class Admissions:
             for attempt, count in generation.renewed_grants(self._window):
                 generation.link.grant(attempt, count)
 
+    def trace(self, generation_ids: Iterable[str]) -> None:
+        """Has the steps of generations handed to the collector of spans, by whichever shard remembers them."""
+        for link in self.links.values():
+            if link.ready:
+                link.trace(generation_ids)
+
     def broken(self, link: ShardLink, generations: Iterable[Generation]) -> list[Generation]:
         """Notes that a link is gone with all that was admitted on it; returns whose admissions these were."""
         orphaned = [generation for generation in generations if generation.link is link]
         for generation in orphaned:
             for attempt in generation.attempts.values():
-                self._admitted.pop(attempt, None)
+                admission = self._admitted.pop(attempt, None)
+                if admission is not None:
+                    self._observer.admission_over(admission, NoShard.reason)
             generation.attempts.clear()
             generation.link = None
         return orphaned

@@ -10,6 +10,8 @@ from collections.abc import Sequence as Items
 from google.rpc import status_pb2
 
 from fermata.v1 import common_pb2, sampling_pb2, session_pb2
+from services.common.timings import FirstMoments, StepMoments
+from services.common.tracing import TraceContext, new_trace, unpack
 from services.common.types import Cursor, Fingerprint, SamplingProgram, StopRules, Tail, pack_ids
 from services.orchestrator.generation import Generation, GenerationSpec, known_ids
 from services.orchestrator.sequence import Sequence
@@ -49,6 +51,38 @@ def fingerprint_to_message(fingerprint: Fingerprint) -> common_pb2.Fingerprint:
     )
 
 
+def step_moments(step: shard_pb2.Step, *, shard: str, sent_ns: int, arrived_ns: int) -> StepMoments:
+    """When a step did what (R25)."""
+    return StepMoments(
+        shard,
+        step.number,
+        step.started_ns,
+        step.schedule_ns,
+        step.forward_ns,
+        step.sample_ns,
+        step.departed_ns,
+        sent_ns,
+        arrived_ns,
+    )
+
+
+def write_moments(message: orchestrator_pb2.TokenMoments, step: StepMoments | None, visible_ns: int) -> None:
+    """Value to message."""
+    message.visible_ns = visible_ns
+    if step is not None:
+        written = message.step
+        written.shard, written.number = step.shard, step.number
+        written.started_ns, written.departed_ns, written.sent_ns = step.started, step.departed, step.sent
+        written.schedule_ns, written.forward_ns, written.sample_ns = step.schedule, step.forward, step.sample
+        written.arrived_ns = step.arrived
+
+
+def write_first_moments(message: orchestrator_pb2.FirstMoments, first: FirstMoments) -> None:
+    """Value to message."""
+    message.opened_ns, message.claimed_ns, message.placed_ns = first.opened, first.claimed, first.placed
+    message.admitted_ns, message.started_ns = first.admitted, first.started
+
+
 def spec_from_message(message: orchestrator_pb2.GenerationSpec) -> GenerationSpec:
     """Message to value. The tokenizer has filled in every default."""
     sampling, stop, output = message.sampling, message.stop, message.output
@@ -65,12 +99,14 @@ def spec_from_message(message: orchestrator_pb2.GenerationSpec) -> GenerationSpe
         choices=message.n or 1,
         logprobs=output.logprobs or output.top_logprobs > 0,
         top_logprobs=output.top_logprobs,
+        timings=output.timings,
         committed=message.durability == common_pb2.DURABILITY_COMMITTED,
         detach=message.detach,
         time_limit=message.time_limit_ms / 1000,
         exact=message.exact,
         priority=message.priority,
         fingerprint=fingerprint_from_message(message.fingerprint) if message.HasField("fingerprint") else None,
+        trace=unpack(message.trace_context) or new_trace(sampled=False),
     )
 
 
@@ -90,7 +126,9 @@ def _program(sampling: sampling_pb2.SamplingParams, bad_words: Items[common_pb2.
     )
 
 
-def admit_message(generation: Generation, sequence: Sequence, *, grant: int, fork_of: int | None) -> shard_pb2.Admit:
+def admit_message(
+    generation: Generation, sequence: Sequence, *, grant: int, fork_of: int | None, context: TraceContext
+) -> shard_pb2.Admit:
     """What a shard needs to run one choice from where its log stands (R11, R24). The link sets the attempt."""
     spec = generation.spec
     program = spec.sampling
@@ -124,6 +162,7 @@ def admit_message(generation: Generation, sequence: Sequence, *, grant: int, for
         priority=spec.priority,
         logprobs=spec.logprobs,
         top_logprobs=spec.top_logprobs,
+        trace_context=context.pack(),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from services.common.tracing import TraceContext, new_trace
 from services.common.types import Fingerprint, SamplingProgram, StopRules
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.session_records import NewGeneration, join_generation_id, split_generation_id
@@ -53,12 +54,14 @@ class GenerationSpec:
         choices: how many (n).
         logprobs: readers get raw log-probabilities.
         top_logprobs: readers get this many most probable tokens.
+        timings: readers get where the time of each token went (R25).
         committed: tokens are shown after the store has them (R15).
         detach: goes on without readers (R6).
         time_limit: seconds; 0 is none.
         exact: never goes on under another fingerprint (R20).
         priority: higher is admitted first.
         fingerprint: what it began on.
+        trace: the span that all of its spans belong to.
     """
 
     sampling: SamplingProgram
@@ -66,12 +69,14 @@ class GenerationSpec:
     choices: int = 1
     logprobs: bool = False
     top_logprobs: int = 0
+    timings: bool = False
     committed: bool = False
     detach: bool = False
     time_limit: float = 0.0
     exact: bool = False
     priority: int = 0
     fingerprint: Fingerprint | None = None
+    trace: TraceContext = field(default_factory=lambda: new_trace(sampled=False))
 
 
 @dataclass(eq=False)
@@ -89,6 +94,10 @@ class Generation:
         link: the shard that runs it; None while none does.
         attempts: the current admission of each running choice (R11).
         fingerprint: of the shard that ran it last; None before the first.
+        opening: when the call that opened it arrived, when the store had it, when it was first given to a shard, on
+            this process's monotonic clock; None when another process opened it.
+        owned_ns: when this ownership began, on the same clock.
+        former: the span of the ownership before; None when this is the first.
         active: this process may append to it; False once it was parked, fenced or read after its end.
         parked: the session store knows that any process may go on with it.
     """
@@ -103,6 +112,9 @@ class Generation:
     active: bool = True
     parked: bool = False
     fingerprint: Fingerprint | None = None
+    opening: tuple[int, int, int] | None = None
+    owned_ns: int = 0
+    former: TraceContext | None = None
     link: ShardLink | None = None
     attempts: dict[int, int] = field(default_factory=dict)
     readers: set[Reader] = field(default_factory=set)

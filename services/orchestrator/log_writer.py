@@ -14,6 +14,7 @@ from services.common import failpoints
 from services.common.errors import SessionStoreUnavailable
 from services.common.types import pack_ids
 from services.orchestrator.generation import Generation
+from services.orchestrator.observer import Observer
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.session_records import Append, Finish, Operation, Park, Result
 from services.orchestrator.sessions import SessionStore
@@ -50,10 +51,11 @@ class LogWriter:
         cut_off: the last write found the store out of reach.
     """
 
-    def __init__(self, store: SessionStore, listener: WriteListener) -> None:
+    def __init__(self, store: SessionStore, listener: WriteListener, observer: Observer) -> None:
         self.cut_off = False
         self._store = store
         self._listener = listener
+        self._observer = observer
         self._dirty: dict[int, Generation] = {}
         self._parking: dict[int, Generation] = {}
         self._wake = asyncio.Event()
@@ -142,6 +144,7 @@ class LogWriter:
                 continue
             if result.stored:
                 if sequence is not None and isinstance(operation, Append):
+                    self._observer.stored(sequence, operation.first_offset)
                     sequence.durable_count = operation.first_offset + len(operation.ids) // 4
                 elif sequence is not None:
                     sequence.ending_stored = True

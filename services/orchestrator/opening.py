@@ -6,12 +6,14 @@ Knows the Open call and the session tree; not what happens to the generation aft
 from __future__ import annotations
 
 import secrets
+import time
 
 from services.common import failpoints
 from services.common.errors import ContextLengthExceeded, FieldViolation, InvalidRequest, PositionMismatch, SessionBusy
 from services.common.types import FinishReason, unpack_ids
 from services.orchestrator.convert import fingerprint_to_message
 from services.orchestrator.generation import GenerationName
+from services.orchestrator.observer import Observer
 from services.orchestrator.owner import Owner
 from services.orchestrator.recovery import Recovery
 from services.orchestrator.session_records import BranchPoint, NewGeneration, split_generation_id
@@ -23,10 +25,11 @@ from services.orchestrator.v1 import orchestrator_pb2
 class Opener:
     """Opens generations for the calls of this process."""
 
-    def __init__(self, store: SessionStore, owner: Owner, recovery: Recovery) -> None:
+    def __init__(self, store: SessionStore, owner: Owner, recovery: Recovery, observer: Observer) -> None:
         self._store = store
         self._owner = owner
         self._recovery = recovery
+        self._observer = observer
 
     async def open(self, request: orchestrator_pb2.OpenRequest) -> tuple[GenerationName, bool]:
         """Makes a generation durable, then starts it. A retry with the same request_id finds its own (R14).
@@ -40,6 +43,7 @@ class Opener:
             SessionNotFound, SessionBusy, SessionChanged, PositionMismatch, RequestIdReused: see their classes.
             SessionStoreUnavailable: without the store there is no new generation (R8).
         """
+        opened_ns = time.monotonic_ns()
         session, generation = await self._store.ids_for(request.tenant, request.request_id, request.session_id)
         name = GenerationName(request.tenant, session, generation)
         context = await self._context(request) + unpack_ids(request.prompt_token_ids)
@@ -75,8 +79,11 @@ class Opener:
         if opened.created:
             built = self._recovery.build(new, context)
             built.epoch = opened.epoch
+            claimed_ns = time.monotonic_ns()
             self._owner.adopt(built, remaining=spec.time_limit_ms / 1000 if spec.time_limit_ms else None)
             self._owner.admit(built)
+            built.opening = opened_ns, claimed_ns, time.monotonic_ns()
+            self._observer.opened(built)
         return name, opened.created
 
     async def _context(self, request: orchestrator_pb2.OpenRequest) -> list[int]:

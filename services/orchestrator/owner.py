@@ -17,11 +17,14 @@ from collections.abc import Sequence as Items
 from services.common import failpoints, rpc
 from services.common.directory import Directory
 from services.common.errors import Draining, FermataError, FingerprintMismatch, OwnerChanged
+from services.common.timings import FirstMoments
 from services.common.types import Cursor, FinishReason, Tail
 from services.orchestrator.admissions import Admissions
+from services.orchestrator.convert import step_moments
 from services.orchestrator.cursors import match_cursors
 from services.orchestrator.generation import Generation, GenerationName
 from services.orchestrator.log_writer import LogWriter
+from services.orchestrator.observer import Observer
 from services.orchestrator.readers import Reader, ReadStream
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.session_records import Result, ResultKind
@@ -52,6 +55,7 @@ class Owner:
         *,
         window: int,
         park_after: float,
+        observer: Observer,
         rewrite: Callable[[Generation], None],
     ) -> None:
         """Makes an owner of nothing.
@@ -61,12 +65,14 @@ class Owner:
             shards: who they are.
             window: tokens that a shard may run ahead (R11).
             park_after: seconds without a reader (R6).
+            observer: is told what happens.
             rewrite: brings a generation back into a store that lost it (R10).
         """
         self.generations: dict[GenerationName, Generation] = {}
-        self.admissions = Admissions(shards, self, window=window)
-        self.writer = LogWriter(store, self)
+        self.admissions = Admissions(shards, self, observer, window=window)
+        self.writer = LogWriter(store, self, observer)
         self.wasted_tokens = 0
+        self._observer = observer
         self._park_after = park_after
         self._rewrite = rewrite
         self._park_timers: dict[GenerationName, asyncio.TimerHandle] = {}
@@ -83,6 +89,7 @@ class Owner:
             remaining: seconds until its time limit; None without one.
         """
         self.generations[generation.name] = generation
+        self._observer.adopted(generation)
         for sequence in generation.sequences:
             if sequence.ending is not None and not sequence.ending_stored:
                 self.writer.mark(generation, sequence)  # the log was complete, its terminal was not written
@@ -121,6 +128,7 @@ class Owner:
         generation.active = False
         if self.generations.get(generation.name) is generation:
             del self.generations[generation.name]
+            self._observer.forgotten(generation)
         for timers in (self._park_timers, self._limit_timers):
             timer = timers.pop(generation.name, None)
             if timer is not None:
@@ -238,16 +246,21 @@ class Owner:
             if generation.wanted:
                 self.admit(generation)
 
-    def on_admitted(self, link: ShardLink, attempt: int, cached_tokens: int) -> None:
-        """Notes how much of the prompt was cached, once."""
-        admission = self.admissions.find(attempt)
+    def on_admitted(self, link: ShardLink, admitted: shard_pb2.Admitted) -> None:
+        """Notes how much of the prompt was cached and when its computation began, once."""
+        admission = self.admissions.find(admitted.attempt)
         if admission is not None and admission[1].cached_tokens is None:
-            admission[1].cached_tokens = min(cached_tokens, admission[1].position)
+            generation, sequence = admission
+            sequence.cached_tokens = min(admitted.cached_tokens, sequence.position)
+            if generation.opening is not None:
+                opened, claimed, placed = generation.opening
+                sequence.first = FirstMoments(opened, claimed, placed, admitted.arrived_ns, admitted.started_ns)
 
-    def on_steps(self, link: ShardLink, steps: Items[shard_pb2.Step], arrived_ns: int) -> None:
+    def on_steps(self, link: ShardLink, response: shard_pb2.LinkResponse, arrived_ns: int) -> None:
         """Appends the tokens of one message to their logs and wakes readers and writer."""
         touched: dict[int, Generation] = {}
-        for step in steps:
+        for step in response.steps:
+            moments = step_moments(step, shard=link.process_id, sent_ns=response.departed_ns, arrived_ns=arrived_ns)
             failpoints.hit("orchestrator.step")
             logprobs = step.logprobs
             tops = _top_entries(step) if step.top_counts else None
@@ -268,8 +281,7 @@ class Owner:
                     continue
                 ending = sequence.append(
                     token_id,
-                    departed_ns=step.departed_ns,
-                    arrived_ns=arrived_ns,
+                    moments,
                     logprob=logprobs[row] if logprobs else math.nan,
                     top_logprobs=tops[row] if tops else None,
                 )
@@ -284,7 +296,7 @@ class Owner:
 
     def on_ended(self, link: ShardLink, attempt: int, error: FermataError) -> None:
         """An admission failed by itself: this choice alone ends, unless it is only wanted elsewhere."""
-        admission = self.admissions.ended(attempt)
+        admission = self.admissions.ended(attempt, error.reason)
         if admission is None:
             return
         generation, sequence = admission
@@ -311,6 +323,10 @@ class Owner:
 
     def on_stored(self, generation: Generation) -> None:
         """Readers of COMMITTED generations, and those who wait for an ending, can be told now."""
+        if generation.spec.committed:
+            now = time.monotonic_ns()
+            for sequence in generation.sequences:
+                sequence.shown(now)
         if generation.spec.committed or any(sequence.ending for sequence in generation.sequences):
             self._mark_readers(generation)
         self._after_end(generation)

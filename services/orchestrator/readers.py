@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Callable
 
 from services.common import rpc
 from services.common.errors import FermataError, SlowReader
-from services.orchestrator.convert import opened_message, terminal_message
-from services.orchestrator.generation import Generation
+from services.orchestrator.convert import opened_message, terminal_message, write_first_moments, write_moments
+from services.orchestrator.generation import Generation, GenerationSpec
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.v1 import orchestrator_pb2
 
@@ -53,16 +53,20 @@ class ReadStream:
         readers: by number.
     """
 
-    def __init__(self, *, is_cut_off: Callable[[], bool], on_done: Callable[[Generation], None]) -> None:
+    def __init__(
+        self, *, is_cut_off: Callable[[], bool], on_done: Callable[[Generation], None], with_moments: bool
+    ) -> None:
         """Makes a stream without readers.
 
         Args:
             is_cut_off: whether the session store is out of reach (`Generation.shows_ending`).
             on_done: told of a generation when a reader has everything of it.
+            with_moments: say when what happened to each token (R25), whether its reader asked for it or not.
         """
         self.readers: dict[int, Reader] = {}
         self._is_cut_off = is_cut_off
         self._on_done = on_done
+        self._with_moments = with_moments
         self._wake = asyncio.Event()
         self._moved: dict[int, Reader] = {}
         self._attached: list[orchestrator_pb2.Attached] = []
@@ -181,7 +185,8 @@ class ReadStream:
                 choice = sequence.choice
                 visible = generation.visible_count(sequence)
                 if visible > reader.counts[choice]:
-                    packer.add(reader.number, sequence, reader.counts[choice], visible, generation.spec.logprobs)
+                    first, moments = reader.counts[choice], self._with_moments or generation.spec.timings
+                    packer.add(reader.number, sequence, first, visible, generation.spec, with_moments=moments)
                     reader.counts[choice] = visible
                 if choice not in reader.told and generation.shows_ending(sequence, cut_off=cut_off):
                     reader.told.add(choice)
@@ -208,27 +213,28 @@ class _TokenPacker:
         self.held_bytes: list[int] = []
         self.hashes: list[bytes] = []
         self.durable_counts: list[int] = []
-        self.departures_ns: list[int] = []
-        self.arrivals_ns: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.wants_logprobs = False
+        self.timed: list[tuple[int, Sequence, int, int]] = []
 
-    def add(self, reader: int, sequence: Sequence, first: int, end: int, logprobs: bool) -> None:
+    def add(
+        self, reader: int, sequence: Sequence, first: int, end: int, spec: GenerationSpec, *, with_moments: bool
+    ) -> None:
         """Adds tokens first to end - 1 of a choice, for one reader."""
         self.readers.append(reader)
         self.choices.append(sequence.choice)
         self.first_offsets.append(first)
         self.lengths.append(end - first)
+        if with_moments:
+            self.timed.append((len(self.token_ids), sequence, first, end))
         self.token_ids += sequence.token_ids[first:end]
         self.held_bytes.append(sequence.held(end))
         self.hashes.append(sequence.running_hash(end))
         self.durable_counts.append(sequence.durable_count)
-        self.departures_ns += sequence.departures_ns[first:end]
-        self.arrivals_ns += sequence.arrivals_ns[first:end]
         self.logprobs += sequence.logprobs[first:end]
         self.top_logprobs += sequence.top_logprobs[first:end]
-        self.wants_logprobs = self.wants_logprobs or logprobs
+        self.wants_logprobs = self.wants_logprobs or spec.logprobs
 
     def write_to(self, batch: orchestrator_pb2.TokenBatch) -> None:
         """Fills the message."""
@@ -242,11 +248,28 @@ class _TokenPacker:
         batch.held_bytes.extend(self.held_bytes)
         batch.running_hashes = b"".join(self.hashes)
         batch.durable_counts.extend(self.durable_counts)
-        batch.shard_departures_ns.extend(self.departures_ns)
-        batch.arrivals_ns.extend(self.arrivals_ns)
         if self.wants_logprobs:
             batch.logprobs.extend(self.logprobs)
             batch.top_counts.extend(len(entries) for entries in self.top_logprobs)
             for entries in self.top_logprobs:
                 batch.top_token_ids.extend(token_id for token_id, _ in entries)
                 batch.top_logprobs.extend(logprob for _, logprob in entries)
+        if self.timed:
+            self._write_moments(batch)
+
+    def _write_moments(self, batch: orchestrator_pb2.TokenBatch) -> None:
+        """Adds when what happened (R25)."""
+        known: dict[tuple[int, int], int] = {}
+        numbers = [0] * len(self.token_ids)
+        for start, sequence, first, end in self.timed:
+            for place, offset in enumerate(range(first, end), start):
+                step, visible = sequence.steps[offset], sequence.visible_ns(offset)
+                number = known.get((id(step), visible))
+                if number is None:
+                    number = known[id(step), visible] = len(known) + 1
+                    write_moments(batch.moments.add(), step, visible)
+                numbers[place] = number
+            if first == 0 and sequence.first is not None:
+                write_first_moments(batch.firsts.add(index=start), sequence.first)
+        if len(known) > 1 or 0 in numbers:  # else there is nothing to tell apart, as nearly always
+            batch.moment_numbers.extend(numbers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import defaultdict
 from collections.abc import Sequence as Items
 from dataclasses import replace
@@ -23,9 +24,11 @@ from services.common.errors import (
     SessionStoreUnavailable,
 )
 from services.common.failpoints import planted
+from services.common.logs import bound
 from services.common.types import pack_ids
 from services.orchestrator.convert import spec_from_message
 from services.orchestrator.generation import Generation, GenerationName
+from services.orchestrator.observer import Observer
 from services.orchestrator.owner import Owner
 from services.orchestrator.sequence import Sequence
 from services.orchestrator.session_records import (
@@ -56,19 +59,28 @@ class Recovery:
     """
 
     def __init__(
-        self, store: SessionStore, owner: Owner, *, table: Items[bytes], process_id: str, default_context: int
+        self,
+        store: SessionStore,
+        owner: Owner,
+        observer: Observer,
+        *,
+        table: Items[bytes],
+        process_id: str,
+        default_context: int,
     ) -> None:
         """Makes a finder.
 
         Args:
             store: of the logs.
             owner: takes what is claimed.
+            observer: is told what was.
             table: bytes of each id, for stop strings.
             process_id: of this process, as the store knows owners.
             default_context: most tokens of a sequence while no shard has said so.
         """
         self._store = store
         self._owner = owner
+        self._observer = observer
         self._table = table
         self._process_id = process_id
         self._default_context = default_context
@@ -86,7 +98,8 @@ class Recovery:
         lock = self._locks[name]
         try:
             async with lock:
-                return await self._find(name)
+                with bound(generation_id=name.generation_id, session_id=name.session):
+                    return await self._find(name)
         finally:
             if not lock.locked():
                 self._locks.pop(name, None)
@@ -160,6 +173,7 @@ class Recovery:
             known = self._owner.generations.get(name)
         if known is not None:
             return known
+        began_ns = time.monotonic_ns()
         session = await self._session_of(name)
         loaded = await self._load(name, session)
         if loaded.ended and loaded.stored:
@@ -182,6 +196,8 @@ class Recovery:
         remaining = None
         if generation.record.deadline_ms:
             remaining = (generation.record.deadline_ms - await self._store.now_ms()) / 1000
+        was_parked = session.state == PARKED
+        self._observer.claimed(generation, began_ns, former_epoch=session.epoch, was_parked=was_parked)
         self._owner.adopt(generation, remaining=remaining)
         return generation
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Ids
 
 from fermata.running_hash import EMPTY_HASH, extend_hash
 from services.common.failpoints import planted
+from services.common.timings import FirstMoments, StepMoments
 from services.common.types import FinishReason, StopRules
 from services.common.vocabulary import pending_bytes
 from services.orchestrator.session_records import Terminal
@@ -31,7 +32,10 @@ class Sequence:
         ending_stored: the session store has the ending.
         granted: count up to which a shard may run (R11).
         cached_tokens: ids before the output that were in the KV cache at the first admission; None before it.
-        departures_ns, arrivals_ns: per token, on the shard's and on this process's monotonic clock (R25).
+        steps: per token, the step that drew it (R25); None for those of the stored log.
+        first: the way to its first token; None where it is not known.
+        shown_ns: per token, when readers could see it, on this process's monotonic clock; only kept where that is
+            later than its arrival.
         logprobs, top_logprobs: per token, NaN and empty where they are not known.
     """
 
@@ -53,8 +57,10 @@ class Sequence:
         self.ending_stored = False
         self.granted = 0
         self.cached_tokens: int | None = None
-        self.departures_ns: list[int] = []
-        self.arrivals_ns: list[int] = []
+        self.steps: list[StepMoments | None] = []
+        self.first: FirstMoments | None = None
+        self.admissions = 0
+        self.shown_ns: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self._rules = rules
@@ -95,9 +101,8 @@ class Sequence:
     def append(
         self,
         token_id: int,
+        step: StepMoments | None = None,
         *,
-        departed_ns: int = 0,
-        arrived_ns: int = 0,
         logprob: float = float("nan"),
         top_logprobs: list[tuple[int, float]] | None = None,
     ) -> Terminal | None:
@@ -107,8 +112,7 @@ class Sequence:
         held_before = self._held[-1]
         self.token_ids.append(token_id)
         self._hashes.append(extend_hash(self._hashes[-1], token_id))
-        self.departures_ns.append(departed_ns)
-        self.arrivals_ns.append(arrived_ns)
+        self.steps.append(step)
         self.logprobs.append(logprob)
         self.top_logprobs.append(top_logprobs or [])
         looks = self.count > self._rules.min_tokens
@@ -128,6 +132,17 @@ class Sequence:
                 if self.count >= self.max_count:
                     self._end(self._limit_reason)
         return self.ending
+
+    def shown(self, now_ns: int) -> None:
+        """Notes that readers can see what is durable from now on."""
+        self.shown_ns.extend([now_ns] * (self.durable_count - len(self.shown_ns)))
+
+    def visible_ns(self, offset: int) -> int:
+        """When readers could see a token of a known step."""
+        if offset < len(self.shown_ns):
+            return self.shown_ns[offset]
+        step = self.steps[offset]
+        return step.arrived if step is not None else 0
 
     def finish(self, reason: FinishReason, error: bytes = b"") -> Terminal:
         """Ends the choice at its count for a reason that lies outside its tokens."""

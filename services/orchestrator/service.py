@@ -24,6 +24,7 @@ from services.orchestrator.convert import (
     terminal_message,
 )
 from services.orchestrator.generation import GenerationName
+from services.orchestrator.observer import Observer
 from services.orchestrator.opening import Opener
 from services.orchestrator.owner import STORE_PATIENCE, Owner
 from services.orchestrator.readers import ReadStream
@@ -45,12 +46,15 @@ FIRST_LINK_TIMEOUT = 10.0
 class OrchestratorService(OrchestratorServiceServicer):
     """Owns generations: their log, their end, their readers."""
 
-    def __init__(self, store: SessionStore, owner: Owner, recovery: Recovery, process_id: str) -> None:
+    def __init__(
+        self, store: SessionStore, owner: Owner, recovery: Recovery, observer: Observer, process_id: str
+    ) -> None:
         """Puts a face on the parts; `start` sets them going."""
         self.store = store
         self.owner = owner
         self.recovery = recovery
-        self._opener = Opener(store, owner, recovery)
+        self._opener = Opener(store, owner, recovery, observer)
+        self._observer = observer
         self._process_id = process_id
         self._streams: set[ReadStream] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -202,7 +206,11 @@ class OrchestratorService(OrchestratorServiceServicer):
         self, request_iterator: AsyncIterator[orchestrator_pb2.ReadRequest], context: rpc.Context
     ) -> AsyncIterator[orchestrator_pb2.ReadResponse]:
         """Serves all readers of one tokenizer process."""
-        stream = ReadStream(is_cut_off=lambda: self.owner.writer.cut_off, on_done=self.owner.on_done)
+        stream = ReadStream(
+            is_cut_off=lambda: self.owner.writer.cut_off,
+            on_done=self.owner.on_done,
+            with_moments=self._observer.active,
+        )
         self._streams.add(stream)
         requests = asyncio.create_task(self._take_requests(stream, request_iterator))
         try:
@@ -221,6 +229,8 @@ class OrchestratorService(OrchestratorServiceServicer):
         try:
             async for request in request_iterator:
                 stream.acknowledge(request.acknowledged)
+                if request.traced_generations:
+                    self.owner.admissions.trace(request.traced_generations)
                 for attach in request.attaches:
                     task = asyncio.create_task(self._attach(stream, attach))
                     attaching[attach.reader] = task

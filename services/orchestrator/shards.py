@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from grpc import aio
@@ -40,11 +40,11 @@ class LinkListener(Protocol):
     def on_ready(self, link: ShardLink) -> None:
         """The link can take admissions."""
 
-    def on_admitted(self, link: ShardLink, attempt: int, cached_tokens: int) -> None:
+    def on_admitted(self, link: ShardLink, admitted: shard_pb2.Admitted) -> None:
         """An admission got its blocks."""
 
-    def on_steps(self, link: ShardLink, steps: Sequence[shard_pb2.Step], arrived_ns: int) -> None:
-        """Tokens."""
+    def on_steps(self, link: ShardLink, response: shard_pb2.LinkResponse, arrived_ns: int) -> None:
+        """Tokens, which arrived with this message."""
 
     def on_ended(self, link: ShardLink, attempt: int, error: FermataError) -> None:
         """An admission ended by itself."""
@@ -59,6 +59,7 @@ class ShardLink:
     Attributes:
         address: HOST:PORT.
         ready: admissions can be sent.
+        process_id: of the shard; names its monotonic clock, too (R25).
         fingerprint, context_length, vocabulary_size: as the shard describes itself; meaningful once it was ready.
     """
 
@@ -67,6 +68,7 @@ class ShardLink:
     def __init__(self, address: str, listener: LinkListener) -> None:
         self.address = address
         self.ready = False
+        self.process_id = ""
         self.fingerprint = Fingerprint()
         self.context_length = 0
         self.vocabulary_size = 0
@@ -79,6 +81,7 @@ class ShardLink:
         self._admits: list[shard_pb2.Admit] = []
         self._grants: dict[int, int] = {}
         self._releases: list[int] = []
+        self._traced: list[str] = []
         self._last_message = time.monotonic()
         self._call: aio.StreamStreamCall[shard_pb2.LinkRequest, shard_pb2.LinkResponse] | None = None
 
@@ -112,6 +115,11 @@ class ShardLink:
         self._releases.append(attempt)
         self._wake.set()
 
+    def trace(self, generation_ids: Iterable[str]) -> None:
+        """Queues generations whose steps shall be handed to the collector of spans."""
+        self._traced.extend(generation_ids)
+        self._wake.set()
+
     def check_silence(self, now: float) -> None:
         """Cuts the link when the shard has said nothing for too long (`now` as of time.monotonic)."""
         if self._call is not None and now - self._last_message > SILENCE_LIMIT:
@@ -136,6 +144,7 @@ class ShardLink:
             delay = min(2 * delay, _LAST_RETRY)
 
     def _describe(self, description: shard_pb2.DescribeResponse) -> None:
+        self.process_id = description.process_id
         self.fingerprint = fingerprint_from_message(description.fingerprint)
         self.context_length = description.context_length
         self.vocabulary_size = description.vocabulary_size
@@ -171,11 +180,13 @@ class ShardLink:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                request = shard_pb2.LinkRequest(admits=self._admits, releases=self._releases)
+                request = shard_pb2.LinkRequest(
+                    admits=self._admits, releases=self._releases, traced_generations=self._traced
+                )
                 if self._grants:
                     request.grants.attempts.extend(self._grants.keys())
                     request.grants.counts.extend(self._grants.values())
-                self._admits, self._grants, self._releases = [], {}, []
+                self._admits, self._grants, self._releases, self._traced = [], {}, [], []
                 await call.write(request)
         except (aio.AioRpcError, asyncio.InvalidStateError):
             call.cancel()  # the reading side notices and ends the link
@@ -186,9 +197,9 @@ class ShardLink:
         self._last_message = arrived_ns / 1e9
         self._draining = response.draining
         for admitted in response.admitted:
-            self._listener.on_admitted(self, admitted.attempt, admitted.cached_tokens)
+            self._listener.on_admitted(self, admitted)
         if response.steps:
-            self._listener.on_steps(self, response.steps, arrived_ns)
+            self._listener.on_steps(self, response, arrived_ns)
         for ended in response.ended:
             self._listener.on_ended(self, ended.attempt, rpc.from_status(ended.status))
         if response.HasField("load"):

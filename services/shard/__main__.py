@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 
-from services.common import failpoints, process
+from services.common import failpoints, logs, process
 from services.config import ShardConfig, load, process_environment
 from services.shard.serving import serve
 
@@ -21,7 +21,7 @@ async def run(config: ShardConfig) -> None:
 def main() -> int:
     """Reads the settings and serves. Returns the exit status."""
     config, _ = load(ShardConfig)
-    process.configure_logging("shard")
+    logs.configure_logging("shard", json=config.log_format == "json")
     try:
         failpoints.configure(process_environment(), testing=config.testing)
         asyncio.run(run(config))

@@ -14,16 +14,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from services.common import failpoints, sampling
-from services.common.noise import Array
 from services.shard.outcome import Ended, Load, Outcome
 from services.shard.scheduler import Batch, Scheduler
 from services.shard.sequence import Admission
+
+if TYPE_CHECKING:
+    from services.shard.kernels.interface import Logits
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +33,14 @@ FAILED = 70
 """Exit status after an error in the loop (EX_SOFTWARE of sysexits.h)."""
 
 
+_NO_BATCH = Batch([], [])
+
+
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    def forward(self, batch: Batch) -> Array:
-        """Copies and computes the KV of a batch.
-
-        Returns:
-            float32 logits [number of chunks that draw, vocabulary size], in the order of the chunks.
-        """
+    def forward(self, batch: Batch) -> Logits:
+        """Copies and computes the KV of a batch."""
         ...
 
 
@@ -63,25 +64,32 @@ class Commands:
 
 
 class Timings(NamedTuple):
-    """Where the time of a step went (R25), in nanoseconds of the shard's monotonic clock."""
+    """Where the time of a step went (R25), in nanoseconds of the shard's monotonic clock.
+
+    `forward` is what the host waited for; `device` is what a device beside it took of that, by its own clock.
+    """
 
     started: int
     schedule: int
     forward: int
     sample: int
     departed: int
+    device: int | None = None
 
 
 class Report(NamedTuple):
     """What the engine tells after a step, or after commands that changed something without one.
 
-    `load.steps` is the number of the step; `engine_cpu_ns` the CPU time of the engine's thread so far.
+    `load.steps` is the number of the step; `engine_cpu_ns` the CPU time of the engine's thread so far; `generations`
+    says whose sequences were in the step, and `lengths` how many tokens of each were computed.
     """
 
     outcome: Outcome
     load: Load
     engine_cpu_ns: int
     timings: Timings | None
+    generations: list[str]
+    lengths: list[int]
 
 
 def end_process(error: BaseException) -> None:
@@ -140,9 +148,10 @@ class Engine:
             stamps.append(now())
             logits = self._runner.forward(batch)  # tensors in, tensors out
             stamps.append(now())
-            tokens = sampling.draw(logits, batch.rows)  # one pure function
+            tokens = sampling.draw(logits.values, batch.rows, best=logits.best)  # one pure function
             stamps.append(now())
-            self._publish(self._scheduler.close(batch, tokens), stamps)
+            outcome = self._scheduler.close(batch, tokens, (stamps[-1] - stamps[0]) / 1e9)
+            self._publish(outcome, batch, stamps, logits.device_ns)
 
     def _receive(self) -> bool:
         """Applies the commands that have come, and waits for some while there is nothing to compute.
@@ -172,13 +181,16 @@ class Engine:
             scheduler.release_link(commands.link)
         return ended
 
-    def _publish(self, outcome: Outcome, stamps: list[int] | None = None) -> None:
+    def _publish(
+        self, outcome: Outcome, batch: Batch = _NO_BATCH, stamps: Sequence[int] = (), device_ns: int | None = None
+    ) -> None:
         """Hands results on, with the moments at which the step began and its three parts were done."""
         timings = None
-        if stamps is not None:
+        if stamps:
             failpoints.hit("shard.step.before_publish")
             started, scheduled, forwarded, sampled = stamps
             timings = Timings(
-                started, scheduled - started, forwarded - scheduled, sampled - forwarded, time.monotonic_ns()
+                started, scheduled - started, forwarded - scheduled, sampled - forwarded, time.monotonic_ns(), device_ns
             )
-        self._post(Report(outcome, self._scheduler.load, time.thread_time_ns(), timings))
+        lengths = [len(chunk.token_ids) for chunk in batch.chunks]
+        self._post(Report(outcome, self._scheduler.load, time.thread_time_ns(), timings, batch.generations, lengths))

@@ -19,32 +19,50 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.shard.models.config import LlamaConfig
+from services.shard.models.architecture import Architecture
 
-_ITEM_SIZE = 4  # float32
 _SHARE_OF_FREE_MEMORY = 0.25
 _DEFAULT_LIMIT = 1 << 30
 _MOST_SEQUENCES = 64
 
 
 class KeyValueCache:
-    """A pool of pages: `keys[layer]` is float32 [blocks, kv_heads, D, block_size], `values[layer]`
-    [blocks, kv_heads, block_size, D]."""
+    """A pool of pages: `keys[layer]` is [blocks, kv_heads, D, block_size], `values[layer]` [blocks, kv_heads,
+    block_size, D].
 
-    def __init__(self, layers: int, block_count: int, block_size: int, kv_heads: int, head_size: int) -> None:
-        self.keys = [_untouched(block_count, kv_heads, head_size, block_size) for _ in range(layers)]
-        self.values = [_untouched(block_count, kv_heads, block_size, head_size) for _ in range(layers)]
+    Attributes:
+        block_count: number of blocks.
+        dtype: of the pages.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        block_count: int,
+        block_size: int,
+        kv_heads: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.block_count, self.dtype = block_count, dtype
+        keys, values = (block_count, kv_heads, head_size, block_size), (block_count, kv_heads, block_size, head_size)
+        self.keys = [_untouched(keys, dtype, device) for _ in range(layers)]
+        self.values = [_untouched(values, dtype, device) for _ in range(layers)]
 
     def write(self, layer: int, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores key and value [R, kv_heads, D] of R positions, given by block and slot (int64 [R])."""
-        self.keys[layer][blocks, :, :, slots] = key
-        self.values[layer][blocks, :, slots] = value
+        self.keys[layer][blocks, :, :, slots] = key.to(self.dtype)
+        self.values[layer][blocks, :, slots] = value.to(self.dtype)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies blocks (source, target) in all layers; no target is a source or twice a target."""
         if not copies:
             return
-        sources, targets = torch.tensor(copies).unbind(1)
+        device = self.keys[0].device
+        pairs = torch.tensor(copies, pin_memory=device.type == "cuda")  # the host does not wait for it then
+        sources, targets = pairs.to(device, non_blocking=True).unbind(1)
         for pool in (*self.keys, *self.values):
             pool[targets] = pool[sources]
 
@@ -55,38 +73,56 @@ class KeyValueCache:
             values[blocks, :, slots] = 0.0
 
 
-def _untouched(*shape: int) -> Tensor:
-    """Zeros that take no memory until they are written: `torch.zeros` writes them at once."""
-    memory = mmap.mmap(-1, _ITEM_SIZE * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+def _untouched(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros that take no memory until they are written: on the CPU `torch.zeros` writes them at once."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # attention jumps from page to page; small ones cost a walk each
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
-def block_bytes(config: LlamaConfig, block_size: int) -> int:
-    """Memory of one block in all layers."""
-    return 2 * config.layer_count * block_size * config.kv_head_count * config.head_size * _ITEM_SIZE
+def block_bytes(
+    shape: Architecture, block_size: int, dtype: torch.dtype = torch.float32, head_size: int | None = None
+) -> int:
+    """Memory of one block in all layers, heads being as wide as the model has them or as kernels want them."""
+    return 2 * shape.layer_count * block_size * shape.kv_head_count * (head_size or shape.head_size) * dtype.itemsize
 
 
-def capacity(config: LlamaConfig, block_size: int, kv_memory: int, free_memory: int) -> int:
+def capacity(
+    shape: Architecture,
+    block_size: int,
+    kv_memory: int,
+    free_memory: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head_size: int | None = None,
+) -> int:
     """Number of blocks in the pool.
 
     Args:
-        config: of the model.
+        shape: of the model.
         block_size: positions per block.
         kv_memory: bytes of the pool; 0 takes 25 % of the free memory, at most 1 GiB.
         free_memory: bytes that nobody uses.
+        dtype: of the pages.
+        head_size: width of a head in the pages; None takes the model's.
 
     Raises:
         ValueError: not even one block fits.
     """
     budget = kv_memory or min(int(free_memory * _SHARE_OF_FREE_MEMORY), _DEFAULT_LIMIT)
-    size = block_bytes(config, block_size)
+    size = block_bytes(shape, block_size, dtype, head_size)
     if budget < size:
         raise ValueError(f"kv_memory: {budget} bytes do not hold one block of {size} bytes")
-    return min(budget // size, _MOST_SEQUENCES * -(-config.context_length // block_size))
+    return min(budget // size, _MOST_SEQUENCES * -(-shape.context_length // block_size))
 
 
-def free_memory() -> int:
-    """Bytes of memory that this process may still take, of the machine and of its control group."""
+def free_memory(device: str = "cpu") -> int:
+    """Bytes of memory that this process may still take, of the machine and of its control group, or of a device."""
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024

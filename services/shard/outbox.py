@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
@@ -37,15 +38,24 @@ class Outbox:
         self.link = link
         self._load, self._heartbeat = load, heartbeat
         self._pending: deque[shard_pb2.LinkResponse] = deque()
+        self._arrivals: dict[int, int] = {}
         self._ready = asyncio.Event()
         self._closed = self._draining = False
 
-    def add_admitted(self, attempt: int, cached_tokens: int) -> None:
-        """An admission got its blocks."""
-        self._message().admitted.add(attempt=attempt, cached_tokens=cached_tokens)
+    def expect(self, attempt: int) -> None:
+        """An admission has arrived."""
+        self._arrivals[attempt] = time.monotonic_ns()
+
+    def add_admitted(self, attempt: int, cached_tokens: int, started_ns: int) -> None:
+        """An admission got its blocks in a step that began at `started_ns`."""
+        arrived_ns = self._arrivals.pop(attempt, started_ns)
+        self._message().admitted.add(
+            attempt=attempt, cached_tokens=cached_tokens, arrived_ns=arrived_ns, started_ns=started_ns
+        )
 
     def add_ended(self, attempt: int, error: FermataError) -> None:
         """An admission ended by itself."""
+        self._arrivals.pop(attempt, None)
         self._message().ended.add(attempt=attempt, status=rpc.to_status(error))
 
     def add_step(self, number: int, tokens: Tokens, timings: Timings) -> None:
@@ -90,6 +100,7 @@ class Outbox:
                 message.load.CopyFrom(self._load())
                 load_due = now() + self._heartbeat
             message.draining = self._draining
+            message.departed_ns = time.monotonic_ns()
             yield message
 
     async def _next(self, deadline: float) -> bool:

@@ -57,25 +57,29 @@ class Sequence:
     """An admission with its progress.
 
     Attributes:
-        rank: order of service, smallest first.
+        arrival: its number, in the order in which they came.
         grant: the admission's, raised since.
         leader: the sequence whose prompt it shares once that is computed; None when it stands alone.
         computed: number of leading tokens whose KV is in `table`.
         table: its KV blocks; empty while it waits.
         keys: of its full blocks, as far as they were needed.
+        seniority: its number, in the order in which they got blocks for the first time; 0 before.
         admitted_in: number of the step in which it got its blocks.
+        queued: it waits for turns of the prompts.
         announced: the link knows that it was admitted.
         ended: it is gone.
     """
 
     admission: Admission
-    rank: tuple[int, int]
+    arrival: int
     grant: int
     leader: Sequence | None
     computed: int = 0
     table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    seniority: int = 0
     admitted_in: int = 0
+    queued: bool = False
     announced: bool = False
     ended: bool = False
 
@@ -83,6 +87,16 @@ class Sequence:
     def known(self) -> int:
         """Number of known tokens."""
         return len(self.admission.token_ids)
+
+    @property
+    def gap(self) -> int:
+        """Number of known tokens that are not computed; at least 1."""
+        return len(self.admission.token_ids) - self.computed
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order among those that have blocks: the last one loses them first. It never changes while it has some."""
+        return -self.admission.priority, self.seniority
 
     @property
     def count(self) -> int:

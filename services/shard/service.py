@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 
@@ -16,9 +15,11 @@ from grpc import aio
 
 from fermata.v1 import common_pb2
 from services.common.errors import Draining, FermataError, InvalidRequest
+from services.common.telemetry import Telemetry
 from services.common.types import VERSION, Fingerprint
 from services.shard.admission import Limits, from_message
 from services.shard.engine import Commands, Engine, Report
+from services.shard.observer import Observer
 from services.shard.outbox import HEARTBEAT, Outbox, load_message
 from services.shard.outcome import Load, Outcome
 from services.shard.sequence import Admission
@@ -44,16 +45,27 @@ class ShardService(shard_pb2_grpc.ShardServiceServicer):
     Args:
         engine: not yet started.
         description: what it serves.
+        telemetry: takes what it tells of its work.
+        process_id: names this process.
         heartbeat: seconds of silence on a link until a heartbeat (R7).
     """
 
-    def __init__(self, engine: Engine, description: Description, *, heartbeat: float = HEARTBEAT) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        description: Description,
+        telemetry: Telemetry,
+        process_id: str,
+        *,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
         self.engine, self.description, self._heartbeat = engine, description, heartbeat
+        self._observer = Observer(telemetry, process_id, description.block_count)
         self._limits = Limits(description.context_length, description.vocabulary_size)
-        self._process_id = secrets.token_hex(16)
+        self._process_id = process_id
         self._link_numbers = itertools.count(1)
         self._outboxes: dict[int, Outbox] = {}
-        self._latest = Report(Outcome(), Load(free_blocks=description.block_count), 0, None)
+        self._latest = Report(Outcome(), Load(free_blocks=description.block_count), 0, None, [], [])
         self._empty = asyncio.Event()
         self._draining = False
 
@@ -122,6 +134,7 @@ class ShardService(shard_pb2_grpc.ShardServiceServicer):
 
     def _close(self, outbox: Outbox) -> None:
         del self._outboxes[outbox.link]
+        self._observer.link_closed(outbox.link)
         self.engine.submit(Commands(outbox.link, closes=True))
 
     async def _read(self, outbox: Outbox, requests: AsyncIterator[shard_pb2.LinkRequest]) -> None:
@@ -129,6 +142,10 @@ class ShardService(shard_pb2_grpc.ShardServiceServicer):
             attempts, counts = request.grants.attempts, request.grants.counts
             if len(attempts) != len(counts):
                 raise InvalidRequest(f"grants: {len(attempts)} attempts and {len(counts)} counts")
+            for attempt in request.releases:
+                self._observer.left(outbox.link, attempt)
+            for generation_id in request.traced_generations:
+                self._observer.collect(generation_id)
             self.engine.submit(
                 Commands(
                     link=outbox.link,
@@ -146,6 +163,10 @@ class ShardService(shard_pb2_grpc.ShardServiceServicer):
                 if self._draining:
                     raise Draining("this shard is about to leave")
                 admissions.append(from_message(admit, outbox.link, self._limits))
+                outbox.expect(admit.attempt)
+                self._observer.admitted(
+                    outbox.link, admit.attempt, admit.generation_id, admit.choice, admit.trace_context
+                )
             except FermataError as error:
                 outbox.add_ended(admit.attempt, error)
         return admissions
@@ -153,15 +174,18 @@ class ShardService(shard_pb2_grpc.ShardServiceServicer):
     def _deliver(self, report: Report) -> None:
         """Sorts a report into the boxes of its links; those of links that are gone are dropped."""
         self._latest = report
+        self._observer.reported(report)
         outboxes, outcome = self._outboxes, report.outcome
         for admitted in outcome.admitted:
             if admitted.link in outboxes:
-                outboxes[admitted.link].add_admitted(admitted.attempt, admitted.cached_tokens)
+                started_ns = report.timings.started if report.timings is not None else 0
+                outboxes[admitted.link].add_admitted(admitted.attempt, admitted.cached_tokens, started_ns)
         for link, tokens in outcome.tokens.items():
             if link in outboxes and report.timings is not None:
                 outboxes[link].add_step(report.load.steps, tokens, report.timings)
         for ended in outcome.ended:
             if ended.link in outboxes:
                 outboxes[ended.link].add_ended(ended.attempt, ended.error)
+                self._observer.left(ended.link, ended.attempt, ended.error.reason)
         if not report.load.running and not report.load.waiting:
             self._empty.set()

@@ -15,31 +15,57 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from services.shard.models.config import LlamaConfig
-from services.shard.models.llama import Llama
+from services.shard.kernels.quantize import dequantize_rows, quantize_rows
+from services.shard.models.architecture import Architecture
+from services.shard.models.registry import read_architecture
+from services.shard.models.transformer import Transformer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+_STORED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+_NAMED_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
-def load_config(folder: Path) -> LlamaConfig:
+def load_architecture(folder: Path) -> Architecture:
     """Reads `config.json`.
 
     Raises:
         ValueError: it is missing, not JSON, or describes what is not served.
     """
-    return LlamaConfig.from_dict(_read_json(folder, "config.json"))
+    return read_architecture(_read_json(folder, "config.json"))
 
 
-def load_model(folder: Path) -> Llama:
-    """Loads a model in float32.
+def resolve_dtype(folder: Path, dtype: str) -> str:
+    """What the linear layers compute in: "float32", "bfloat16" or "int8".
+
+    Args:
+        folder: of the model.
+        dtype: one of these, or "auto": bfloat16 where all matrices are stored so, float32 else.
+
+    Raises:
+        ValueError: it is none of these, or a file is missing.
+    """
+    if dtype not in _NAMED_DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not served, only one of {', '.join(_NAMED_DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if _matrix_dtypes(folder) == {"BF16"} else "float32"
+
+
+def load_model(folder: Path, dtype: str = "auto") -> Transformer:
+    """Loads a model.
+
+    Args:
+        folder: of the model.
+        dtype: see `resolve_dtype`. With int8 the linear layers, the head among them, hold the float32 values that
+            `quantize_rows` leaves of them, and the embedding is as it was: the reference of kernels that multiply
+            integers.
 
     Raises:
         ValueError: a file or tensor is missing, unknown, or of another shape or dtype than the configuration says.
     """
-    config = load_config(folder)
-    model = Llama(config)
+    architecture, dtype = load_architecture(folder), resolve_dtype(folder, dtype)
+    model = Transformer(architecture, torch.bfloat16 if dtype == "bfloat16" else torch.float32).requires_grad_(False)
     views = model.checkpoint_views()
     loaded: set[str] = set()
     for name, tensor in _read_tensors(folder):
@@ -47,7 +73,7 @@ def load_model(folder: Path) -> Llama:
             continue  # older checkpoints store what follows from rope_theta
         if name in loaded:
             raise ValueError(f"tensor {name} is there twice")
-        if name == "lm_head.weight" and config.tied_embeddings:
+        if name == "lm_head.weight" and architecture.tied_embeddings:
             _check_tied(tensor, folder)
             continue
         if name not in views:
@@ -59,7 +85,20 @@ def load_model(folder: Path) -> Llama:
     missing = sorted(views.keys() - loaded)
     if missing:
         raise ValueError(f"tensor {missing[0]} is missing" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
-    return model.requires_grad_(False)
+    for norm in model.norms().values():
+        norm.add_(architecture.norm_offset)
+    if dtype == "int8":
+        model.map_linear_weights(lambda weight: dequantize_rows(*quantize_rows(weight)))
+    return model
+
+
+def stored_bytes(folder: Path) -> int:
+    """Size of all weight files.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    return sum(path.stat().st_size for path in _weight_files(folder))
 
 
 def hash_weights(folder: Path) -> str:
@@ -68,7 +107,7 @@ def hash_weights(folder: Path) -> str:
     Raises:
         ValueError: a file is missing.
     """
-    digest = hashlib.sha256(repr(load_config(folder)).encode())
+    digest = hashlib.sha256(repr(load_architecture(folder)).encode())
     for path in _weight_files(folder):
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
@@ -115,18 +154,33 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint, one at a time."""
+def _open_files(folder: Path) -> Iterator[Any]:
+    """Every weight file, open."""
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping, only has this method)
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype not in _DTYPES:
-                        raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not served")
-                    yield name, tensor
+                yield file
         except SafetensorError as error:
             raise ValueError(f"{path.name}: not a safetensors file: {error}") from error
+
+
+def _matrix_dtypes(folder: Path) -> set[str]:
+    """Safetensors' names of the dtypes in which matrices are stored."""
+    dtypes = set()
+    for file in _open_files(folder):
+        parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (no mapping, only has this method)
+        dtypes |= {part.get_dtype() for part in parts if len(part.get_shape()) > 1}
+    return dtypes
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, one at a time."""
+    for file in _open_files(folder):
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            if tensor.dtype not in _STORED_DTYPES:
+                raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not served")
+            yield name, tensor
 
 
 def _check_tied(head: Tensor, folder: Path) -> None:

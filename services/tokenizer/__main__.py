@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from services.common import failpoints, process
+from services.common import failpoints, logs, process
 from services.common.directory import StaticDirectory
 from services.config import TokenizerConfig, load, process_environment
 from services.tokenizer.serving import serve
@@ -21,7 +21,7 @@ def main() -> int:
     """Runs the process; returns its exit status."""
     config, _ = load(TokenizerConfig)
     failpoints.configure(process_environment(), testing=config.testing)
-    process.configure_logging("tokenizer")
+    logs.configure_logging("tokenizer", json=config.log_format == "json")
     try:
         asyncio.run(run(config))
     except (OSError, ValueError) as error:

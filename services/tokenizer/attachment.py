@@ -91,6 +91,11 @@ class Attachment:
             self._link.detach(self._number)
             self._link = None
 
+    def trace(self, generation_id: str) -> None:
+        """Has the steps of a generation handed to the collector of spans."""
+        if self._link is not None:
+            self._link.trace(generation_id)
+
     def on_attached(self) -> None:
         """The orchestrator serves the reader."""
         self._was_attached = True

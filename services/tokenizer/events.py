@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from fermata.v1 import generation_pb2, sampling_pb2
+from services.common import failpoints
+from services.common.timings import Parts
 from services.common.types import unpack_ids
 from services.common.vocabulary import IncrementalText, Vocabulary, pending_bytes
 from services.orchestrator.v1 import orchestrator_pb2
 from services.tokenizer.reading import ChoiceReading, Delta, TopEntries
+from services.tokenizer.timing_rows import Occasion
 
 
 class EventResponse(Protocol):
@@ -66,16 +70,29 @@ class TokensEvent(Generic[ResponseType]):
     token costs more than all else that is done for it here.
 
     Attributes:
+        choice: whose tokens.
         response: the message; it must be written before it is filled again.
+        delta: what it was filled with last.
+        occasions: where it is taken down that it left.
+        began_ns, filled_ns: when that began and was done, on this process's monotonic clock.
     """
 
+    delta: Delta
+    occasions: list[Occasion]
+    began_ns: int
+    filled_ns: int
+
     def __init__(self, kind: type[ResponseType], choice: int) -> None:
+        self.choice = choice
         self.response = kind()
         self._tokens = self.response.event.tokens
         self._tokens.choice = choice
 
-    def fill(self, reading: ChoiceReading, delta: Delta) -> ResponseType:
+    def fill(self, reading: ChoiceReading, vocabulary: Vocabulary) -> ResponseType:
         """Writes what is new in the choice; returns `response`."""
+        self.began_ns = time.monotonic_ns()
+        failpoints.hit("tokenizer.detokenize")
+        self.delta = delta = reading.take(vocabulary)
         tokens = self._tokens
         tokens.first_offset = delta.first_offset
         tokens.token_ids[:] = delta.token_ids
@@ -86,7 +103,17 @@ class TokensEvent(Generic[ResponseType]):
             tokens.logprobs[:] = delta.logprobs
             del tokens.top_logprobs[:]
             tokens.top_logprobs.extend(map(top_logprobs, delta.top_logprobs))
+        self.filled_ns = time.monotonic_ns()
         return self.response
+
+    def time(self, told: Iterable[Parts], departed_ns: int) -> None:
+        """Writes where the time of each token went, just before the event leaves."""
+        timings = self._tokens.timings
+        del timings[:]
+        for parts in told:
+            message = timings.add(departed_ns=departed_ns)
+            for name, value in parts._asdict().items():
+                setattr(message, f"{name}_ns", value)
 
 
 def top_logprobs(entries: TopEntries) -> generation_pb2.TopLogprobs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,8 +18,10 @@ from grpc import aio
 
 from services.common import rpc
 from services.common.errors import FermataError
+from services.common.timings import FirstMoments, StepMoments, TokenMoments
 from services.orchestrator.v1 import orchestrator_pb2
 from services.tokenizer.reading import Arrived, TopEntries
+from services.tokenizer.timing_rows import NotedMoments, note
 
 if TYPE_CHECKING:
     from services.orchestrator.v1.orchestrator_pb2_grpc import OrchestratorServiceAsyncStub
@@ -29,6 +32,10 @@ SILENCE_LIMIT = 3.0
 """Seconds without any message after which a link is dead."""
 ACKNOWLEDGE_EVERY = 16
 """Messages after which their receipt is told at once; the ticker tells it otherwise."""
+
+
+_clocks = itertools.count(1)
+"""A number for the clock at the other end of each link (R25)."""
 
 
 class LinkReader(Protocol):
@@ -70,9 +77,11 @@ class Link:
         self.alive = True
         self._on_broken = on_broken
         self._readers: dict[int, LinkReader] = {}
+        self._clock = next(_clocks)
         self._last_number = 0
         self._attaches: list[orchestrator_pb2.Attach] = []
         self._detaches: list[int] = []
+        self._traced: list[str] = []
         self._received = self._acknowledged = 0
         self._heard_at = time.monotonic()
         self._news = asyncio.Event()
@@ -94,6 +103,11 @@ class Link:
         if self._readers.pop(number, None) is not None:
             self._detaches.append(number)
             self._news.set()
+
+    def trace(self, generation_id: str) -> None:
+        """Has the steps of a generation handed to the collector of spans."""
+        self._traced.append(generation_id)
+        self._news.set()
 
     def tick(self, now: float) -> None:
         """Called several times per second (`now` as of time.monotonic)."""
@@ -120,8 +134,11 @@ class Link:
             self._news.clear()
             attaches, self._attaches = self._attaches, []
             detaches, self._detaches = self._detaches, []
+            traced, self._traced = self._traced, []
             self._acknowledged = self._received
-            yield orchestrator_pb2.ReadRequest(attaches=attaches, detaches=detaches, acknowledged=self._acknowledged)
+            yield orchestrator_pb2.ReadRequest(
+                attaches=attaches, detaches=detaches, acknowledged=self._acknowledged, traced_generations=traced
+            )
 
     async def _run(self) -> None:
         """Hands out what arrives until the stream ends."""
@@ -151,7 +168,8 @@ class Link:
 
     def _take(self, response: orchestrator_pb2.ReadResponse) -> None:
         """Hands one message to its readers, in the order of its fields."""
-        self._heard_at = time.monotonic()
+        received_ns = time.monotonic_ns()
+        self._heard_at = received_ns / 1e9
         self._received = response.sequence
         if self._received - self._acknowledged >= ACKNOWLEDGE_EVERY:
             self._news.set()
@@ -161,7 +179,7 @@ class Link:
             if (reader := readers.get(attached.reader)) is not None:
                 reader.on_attached(attached)
         if response.tokens.readers:
-            self._take_tokens(response.tokens)
+            self._take_tokens(response.tokens, response.departed_ns, received_ns)
         for finished in response.finished:
             if (reader := readers.get(finished.reader)) is not None:
                 reader.on_finished(finished.terminal)
@@ -169,11 +187,12 @@ class Link:
             if (reader := readers.pop(ended.reader, None)) is not None:
                 reader.on_ended(rpc.from_status(ended.status))
 
-    def _take_tokens(self, batch: orchestrator_pb2.TokenBatch) -> None:
+    def _take_tokens(self, batch: orchestrator_pb2.TokenBatch, sent_ns: int, received_ns: int) -> None:
         """Cuts the parallel arrays into entries. Most entries have one token, so this runs once per token."""
         token_ids, hashes = list(batch.token_ids), batch.running_hashes
         all_logprobs = list(batch.logprobs)
         all_tops = _top_entries(batch)
+        all_moments = _moments(batch, self._clock, sent_ns, received_ns)
         start = 0
         for index, (number, choice, first_offset, length, held_bytes, durable_count) in enumerate(
             zip(
@@ -197,9 +216,47 @@ class Link:
                     durable_count,
                     all_logprobs[start:end],
                     all_tops[start:end],
+                    all_moments[start:end],
                 )
                 reader.on_tokens(choice, arrived)
             start = end
+
+
+def _moments(batch: orchestrator_pb2.TokenBatch, clock: int, sent_ns: int, received_ns: int) -> list[NotedMoments]:
+    """What is known of each token's way; empty when nobody looks."""
+    if not batch.moments:
+        return []
+    known = [
+        note(
+            TokenMoments(
+                _step(item.step) if item.HasField("step") else None, clock, item.visible_ns, sent_ns, received_ns
+            )
+        )
+        for item in batch.moments
+    ]
+    if batch.moment_numbers:
+        unknown = note(TokenMoments(None, clock, received_ns, sent_ns, received_ns))
+        moments = [known[number - 1] if number else unknown for number in batch.moment_numbers]
+    else:
+        moments = known * len(batch.token_ids)
+    for item in batch.firsts:
+        first = FirstMoments(item.opened_ns, item.claimed_ns, item.placed_ns, item.admitted_ns, item.started_ns)
+        moments[item.index] = note(moments[item.index].moments._replace(first=first))
+    return moments
+
+
+def _step(message: orchestrator_pb2.StepMoments) -> StepMoments:
+    return StepMoments(
+        message.shard,
+        message.number,
+        message.started_ns,
+        message.schedule_ns,
+        message.forward_ns,
+        message.sample_ns,
+        message.departed_ns,
+        message.sent_ns,
+        message.arrived_ns,
+    )
 
 
 def _top_entries(batch: orchestrator_pb2.TokenBatch) -> list[TopEntries]:

@@ -6,11 +6,14 @@ Knows the Open call and its idempotence; neither prompts (see `prompts.py`) nor 
 from __future__ import annotations
 
 import secrets
+import time
 from typing import NamedTuple
 
 from fermata.v1 import generation_pb2
 from services.common import failpoints
 from services.common.errors import FermataError, RequestIdReused
+from services.common.timings import CallMoments
+from services.common.tracing import current_call, new_trace
 from services.common.types import DEFAULT_TENANT, pack_ids
 from services.orchestrator.v1 import orchestrator_pb2
 from services.tokenizer.codec import Codec
@@ -26,10 +29,12 @@ class Opened(NamedTuple):
     Attributes:
         name: how it is read.
         address: the orchestrator that opened it; empty when that is not known.
+        call: when it was asked for; None when an earlier call had made it.
     """
 
     name: orchestrator_pb2.Name
     address: str
+    call: CallMoments | None = None
 
 
 class Opener:
@@ -47,10 +52,11 @@ class Opener:
             InvalidRequest, ModelNotFound, NotYetSupported: the request cannot be served.
             FermataError: what `Prompter.prompt_of` and the orchestrator say.
         """
+        arrived_ns = time.monotonic_ns()
         await in_thread_if_long(request.ByteSize(), check_generation, request, self._codec.facts)
         try:
             prompt = await self._prompter.prompt_of(request)
-            return await self._open(request, prompt)
+            return await self._open(request, prompt, arrived_ns)
         except RequestIdReused:
             raise
         except FermataError:
@@ -60,7 +66,7 @@ class Opener:
                 raise
             return found
 
-    async def _open(self, request: generation_pb2.GenerationRequest, prompt: Prompt) -> Opened:
+    async def _open(self, request: generation_pb2.GenerationRequest, prompt: Prompt, arrived_ns: int) -> Opened:
         message = orchestrator_pb2.OpenRequest(
             tenant=DEFAULT_TENANT,
             # A name of its own for every call: a second attempt at another orchestrator then finds the first one's.
@@ -78,13 +84,17 @@ class Opener:
             message.parent.generation_id = prompt.parent.generation_id
             message.parent.choice = prompt.parent.choice
             message.parent.count = prompt.parent.count
+        served = current_call()
+        context = served.context.child() if served is not None else new_trace(sampled=False)
+        message.spec.trace_context = context.pack()
         failpoints.hit("tokenizer.open.before")
+        call = CallMoments(arrived_ns, prompt.render_ns, prompt.encode_ns, time.monotonic_ns())
         answer, address = await self._orchestrators.call_with_address(
             lambda stub: stub.Open, message, key=message.session_id or message.request_id
         )
         failpoints.hit("tokenizer.open.after")
         name = orchestrator_pb2.Name(tenant=DEFAULT_TENANT, generation_id=answer.generation_id)
-        return Opened(name, address)
+        return Opened(name, address, call if answer.created else None)
 
     async def _earlier(self, request: generation_pb2.GenerationRequest) -> Opened | None:
         """The generation that an earlier attempt of this request opened."""

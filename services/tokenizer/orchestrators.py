@@ -16,6 +16,7 @@ from grpc import aio
 from services.common import rpc
 from services.common.directory import Directory
 from services.common.errors import Draining, FermataError, NoOrchestrator, OwnerChanged, OwnerElsewhere
+from services.common.rpc_tracing import TraceClientInterceptor
 from services.orchestrator.v1.orchestrator_pb2_grpc import OrchestratorServiceStub
 from services.tokenizer.link import Link
 from services.tokenizer.route import Route
@@ -120,7 +121,7 @@ class Orchestrators:
 
     def _stub(self, address: str) -> OrchestratorServiceAsyncStub:
         if address not in self._stubs:
-            channel = rpc.inside_channel(address)
+            channel = rpc.inside_channel(address, [TraceClientInterceptor()])
             self._stubs[address] = channel, OrchestratorServiceStub(channel)
         return self._stubs[address][1]
 

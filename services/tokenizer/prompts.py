@@ -7,8 +7,9 @@ stream waits for them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
 from fermata.v1 import chat_pb2, generation_pb2
@@ -45,6 +46,7 @@ class Prompt:
         position: length of the id sequence before `token_ids`.
         messages: the chat that they came from, serialized; empty for raw prompts.
         generation_count: number of generations that the session had when it was read; None for a new one.
+        render_ns, encode_ns: how long it took.
     """
 
     token_ids: list[int]
@@ -52,6 +54,8 @@ class Prompt:
     position: int = 0
     messages: bytes = b""
     generation_count: int | None = None
+    render_ns: int = 0
+    encode_ns: int = 0
 
 
 class _Past:
@@ -115,7 +119,9 @@ class Prompter:
                 f"the session is at position {length}, not {request.expected_position}",
                 metadata={"position": str(length)},
             )
+        began = time.monotonic_ns()
         prompt = await in_thread_if_long(request.ByteSize() + length, self._build, request, past)
+        prompt = replace(prompt, encode_ns=time.monotonic_ns() - began - prompt.render_ns)
         total, limit = prompt.position + len(prompt.token_ids), self._codec.facts.context_length
         if total == 0:
             violation = FieldViolation("generation.input", "must give at least one token")
@@ -152,14 +158,17 @@ class Prompter:
         return _continued(continuation, b"", past)
 
     def _chat_prompt(self, request: generation_pb2.GenerationRequest, past: _Past | None) -> Prompt:
-        codec, chat = self._codec, request.chat
+        codec, chat, began = self._codec, request.chat, time.monotonic_ns()
         if past is None:
             pieces = render(codec, conversation_of(chat), "generation.chat")
-            return Prompt(codec.encode_marked(codec.mark(pieces)), messages=chat.SerializeToString())
+            render_ns = time.monotonic_ns() - began
+            token_ids = codec.encode_marked(codec.mark(pieces))
+            return Prompt(token_ids, messages=chat.SerializeToString(), render_ns=render_ns)
         first = past.first_chat
         complete = with_inherited(chat, past.chats[first:])
         conversation = conversation_of(complete, past.messages(first))
         pieces = render(codec, conversation, "generation.chat")
+        render_ns = time.monotonic_ns() - began
         continuation = session_turns.continue_session(
             past.turns,
             request.continue_from.choice,
@@ -175,7 +184,7 @@ class Prompter:
             del retold.messages[:]
             retold.messages.extend([*past.messages(continuation.kept), *chat.messages])
             chat = retold
-        return _continued(continuation, chat.SerializeToString(), past)
+        return replace(_continued(continuation, chat.SerializeToString(), past), render_ns=render_ns)
 
 
 def render(codec: Codec, conversation: Conversation, field_name: str) -> list[Piece]:

@@ -16,13 +16,17 @@ from fermata.v1 import common_pb2, generation_pb2
 from services.common import failpoints
 from services.common.directory import Directory
 from services.common.errors import FermataError, InternalError, SlowReader
+from services.common.telemetry import Telemetry
+from services.common.timings import CallMoments
 from services.common.vocabulary import Vocabulary
 from services.orchestrator.v1 import orchestrator_pb2
 from services.tokenizer import events
 from services.tokenizer.attachment import Attachment, Links
 from services.tokenizer.events import ResponseType, TokensEvent
-from services.tokenizer.reading import Arrived, ChoiceReading
+from services.tokenizer.figures import Figures
+from services.tokenizer.reading import Arrived, ChoiceReading, Delta
 from services.tokenizer.route import Route
+from services.tokenizer.telling import Telling
 
 MOST_ENDPOINTS = 4
 HEARTBEAT_INTERVAL = 1.0
@@ -33,13 +37,15 @@ SLOW_LIMIT = 10.0
 
 @dataclass(slots=True)
 class Face:
-    """What all readers of this process say of it, and know of its model.
+    """What all readers of this process say of it, know of its model, and count.
 
     Attributes:
         vocabulary: bytes of each id.
         eos_token_ids: the model's own end tokens.
         own: the address that this process has alone.
         others: addresses of all that can resume.
+        telemetry: takes spans.
+        figures: take counts.
         draining: this process is about to leave (R19).
     """
 
@@ -47,6 +53,8 @@ class Face:
     eos_token_ids: Sequence[int]
     own: str
     others: Directory
+    telemetry: Telemetry
+    figures: Figures
     draining: bool = False
 
     @property
@@ -63,13 +71,13 @@ class Target:
         name: the generation.
         cursors: what the reader has.
         tails: ids that it hands back.
-        trace_context: of the call; may be empty.
+        call: of the call that opened it, when this is the one.
     """
 
     name: orchestrator_pb2.Name
     cursors: Sequence[common_pb2.Cursor] = ()
     tails: Sequence[common_pb2.Tail] = ()
-    trace_context: bytes = b""
+    call: CallMoments | None = None
 
 
 class Reader:
@@ -105,6 +113,7 @@ class Reader:
         self._unfinished = -1  # choices whose end was not told; unknown until attached
         self._announce = False
         self._final_only = False
+        self._telling = Telling(face.telemetry, face.figures, target.call, self._attachment.trace)
         self._events_of: dict[int, TokensEvent[Any]] = {}
         self._moved: dict[int, ChoiceReading] = {}
         self._terminals: dict[int, orchestrator_pb2.Terminal] = {}
@@ -112,8 +121,9 @@ class Reader:
         self._failure: FermataError | None = None
         self._news = False
         self._waiter: asyncio.Future[None] | None = None
-        self._writing_since = 0.0
-        self._told_at = time.monotonic()
+        # Nanoseconds of time.monotonic: a write began and is pending (else 0); the last one was done.
+        self._writing_since_ns = 0
+        self._told_ns = time.monotonic_ns()
         self._left = False
 
     def __enter__(self) -> Reader:
@@ -127,6 +137,7 @@ class Reader:
         """Nobody reads any more. Safe to call again."""
         if not self._left:
             self._left = True
+            self._telling.close()
             self._attachment.leave()
             self._on_left(self)
 
@@ -144,6 +155,7 @@ class Reader:
             if self._unfinished == 0:
                 return False
             if self._failure is not None:
+                self._telling.failed(self._failure)
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -154,41 +166,49 @@ class Reader:
 
     def take(self, kind: type[ResponseType]) -> Iterator[ResponseType]:
         """The events since the last time; each must be written before the next is asked for."""
-        for response in self._events(kind):
+        began_ns = 0
+        for response, tokens in self._events(kind):
             failpoints.hit("tokenizer.event.before_write")
-            self._writing_since = time.monotonic()
+            self._writing_since_ns = now_ns = time.monotonic_ns()
+            began_ns = began_ns or now_ns
+            if tokens is not None:
+                self._telling.leaves(tokens, now_ns)
             yield response
-            self._told_at, self._writing_since = time.monotonic(), 0.0
+            self._told_ns, self._writing_since_ns = time.monotonic_ns(), 0
+        self._telling.wrote_ns = began_ns, self._told_ns
 
-    def _events(self, kind: type[ResponseType]) -> list[ResponseType]:
+    def _events(self, kind: type[ResponseType]) -> list[tuple[ResponseType, TokensEvent[Any] | None]]:
+        """What there is to write; beside it the event, where it has tokens."""
         self._news = False
         beat, self._beat = self._beat, False
         moved, self._moved = self._moved, {}
-        responses: list[ResponseType] = []
+        responses: list[tuple[ResponseType, TokensEvent[Any] | None]] = []
         if self._announce:
             self._announce = False
             response = kind()
             self._write_started(response.event.started)
-            responses.append(response)
+            responses.append((response, None))
         for choice, reading in moved.items():
             if reading.has_news and not self._final_only:
                 event = self._events_of.get(choice)
                 if event is None:
                     event = self._events_of[choice] = TokensEvent(kind, choice)
-                responses.append(event.fill(reading, reading.take(self._face.vocabulary)))
+                    event.occasions = self._telling.occasions(choice, reading.told_offset)
+                responses.append((event.fill(reading, self._face.vocabulary), event))
             terminal = self._terminals.pop(choice, None) if self._terminals else None
             if terminal is not None:
-                text = reading.take(self._face.vocabulary).text if self._final_only else ""
+                text = self._rest(reading).text if self._final_only else ""
                 text += reading.finish(terminal.cut_bytes)
+                self._telling.finished(terminal)
                 self._unfinished -= 1
                 response = kind()
                 events.write_finished(response.event.finished, terminal, text)
-                responses.append(response)
+                responses.append((response, None))
         if beat and (not responses or self._face.draining):  # whoever is busy must hear that, too (R19)
             response = kind()
             response.event.heartbeat.endpoints.extend(self._face.endpoints)
             response.event.heartbeat.draining = self._face.draining
-            responses.append(response)
+            responses.append((response, None))
         return responses
 
     async def collect(self) -> generation_pb2.GenerateResponse:
@@ -197,14 +217,14 @@ class Reader:
         choices: dict[int, generation_pb2.Choice] = {}
         while await self.wait():
             self._news = self._beat = False
-            self._told_at = time.monotonic()
+            self._told_ns = time.monotonic_ns()
             if self._announce:
                 self._announce = False
                 whole.started.Clear()
                 self._write_started(whole.started)
             for index, terminal in self._terminals.items():
                 reading = self._choices[index]
-                delta = reading.take(self._face.vocabulary)
+                delta = self._rest(reading)
                 choice = choices[index] = generation_pb2.Choice(
                     choice=index,
                     token_ids=delta.token_ids,
@@ -213,10 +233,17 @@ class Reader:
                     top_logprobs=map(events.top_logprobs, delta.top_logprobs),
                 )
                 events.write_finished(choice.finished, terminal)
+                self._telling.finished(terminal)
             self._unfinished -= len(self._terminals)
             self._terminals.clear()
         whole.choices.extend(choices[index] for index in sorted(choices))
         return whole
+
+    def _rest(self, reading: ChoiceReading) -> Delta:
+        """All of a choice that was not told: what only its end tells."""
+        delta = reading.take(self._face.vocabulary)
+        self._telling.collected(reading.choice, delta.first_offset, delta.moments)
+        return delta
 
     def _write_started(self, started: generation_pb2.Started) -> None:
         assert self._opened is not None  # announced means opened
@@ -232,6 +259,7 @@ class Reader:
         previous, opened = self._opened, attached.opened
         self._opened = opened
         self._final_only = opened.spec.output.final_only
+        self._telling.opened(opened)
         if previous is None:
             self._unfinished = opened.spec.n
             for index in range(opened.spec.n):
@@ -276,6 +304,7 @@ class Reader:
 
     def on_broken(self, *, leaving: bool) -> None:
         """The link is gone."""
+        self._face.figures.reattached()
         self._attachment.on_broken(leaving=leaving)
 
     # --- what the attachment asks ------------------------------------------------------------------------------
@@ -301,7 +330,7 @@ class Reader:
         name = target.name
         if self._opened is not None:
             name = orchestrator_pb2.Name(tenant=name.tenant, generation_id=self._opened.generation_id)
-        return orchestrator_pb2.Attach(name=name, cursors=cursors, tails=tails, trace_context=target.trace_context)
+        return orchestrator_pb2.Attach(name=name, cursors=cursors, tails=tails)
 
     def hand_back(self, choice: int, count: int) -> bool:
         """Notes that the log lacks ids; False when this reader does not have them either."""
@@ -323,11 +352,11 @@ class Reader:
     def tick(self, now: float) -> None:
         """Called several times per second (`now` as of time.monotonic)."""
         self._attachment.tick(now)
-        if self._writing_since and now - self._writing_since > SLOW_LIMIT:
+        if self._writing_since_ns and now - self._writing_since_ns / 1e9 > SLOW_LIMIT:
             self._moved.clear()
             self.leave()
             self._on_slow(SlowReader(f"nothing was read for {SLOW_LIMIT:.0f} s; resume"))
-        elif now - self._told_at >= HEARTBEAT_INTERVAL and not self._writing_since:
+        elif now - self._told_ns / 1e9 >= HEARTBEAT_INTERVAL and not self._writing_since_ns:
             self.beat()
 
     def beat(self) -> None:

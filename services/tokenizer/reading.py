@@ -13,6 +13,7 @@ from typing import NamedTuple
 from fermata.running_hash import EMPTY_HASH
 from services.common.errors import InternalError
 from services.common.vocabulary import IncrementalText, Vocabulary
+from services.tokenizer.timing_rows import NotedMoments
 
 
 class TopEntries(NamedTuple):
@@ -33,6 +34,7 @@ class Arrived(NamedTuple):
         durable_count: tokens of the choice that the session store has acknowledged.
         logprobs: of each id; empty when nobody asked.
         top_logprobs: of each id; empty when nobody asked.
+        moments: of each id; empty when nobody looks.
     """
 
     first_offset: int
@@ -42,6 +44,7 @@ class Arrived(NamedTuple):
     durable_count: int
     logprobs: Sequence[float] = ()
     top_logprobs: Sequence[TopEntries] = ()
+    moments: Sequence[NotedMoments] = ()
 
 
 class Delta(NamedTuple):
@@ -52,6 +55,7 @@ class Delta(NamedTuple):
     text: str
     logprobs: list[float]
     top_logprobs: list[TopEntries]
+    moments: list[NotedMoments]
 
 
 class ChoiceReading:
@@ -69,6 +73,7 @@ class ChoiceReading:
         "_held_bytes",
         "_ids",
         "_logprobs",
+        "_moments",
         "_text",
         "_told",
         "_tops",
@@ -93,11 +98,17 @@ class ChoiceReading:
         self._held_bytes = 0
         self._logprobs: list[float] = []
         self._tops: list[TopEntries] = []
+        self._moments: list[NotedMoments] = []
 
     @property
     def count(self) -> int:
         """Tokens of the choice that are here: the cursor."""
         return self._first + len(self._ids)
+
+    @property
+    def told_offset(self) -> int:
+        """Tokens of the choice that were told, here or before."""
+        return self._first + self._told
 
     @property
     def begun(self) -> bool:
@@ -136,6 +147,8 @@ class ChoiceReading:
         if arrived.logprobs:
             self._logprobs.extend(arrived.logprobs[known:])
             self._tops.extend(arrived.top_logprobs[known:])
+        if arrived.moments:
+            self._moments.extend(arrived.moments[known:])
         return True
 
     def take(self, vocabulary: Vocabulary) -> Delta:
@@ -149,9 +162,11 @@ class ChoiceReading:
         else:
             said = vocabulary.bytes_of(token_ids)
         text = (self._text or self._begun_text()).extend(said, self._held_bytes)
-        delta = Delta(self._first + told, token_ids, text, self._logprobs, self._tops)
+        delta = Delta(self._first + told, token_ids, text, self._logprobs, self._tops, self._moments)
         if self._logprobs:
             self._logprobs, self._tops = [], []
+        if self._moments:
+            self._moments = []
         return delta
 
     def finish(self, cut_bytes: int) -> str:

@@ -28,7 +28,6 @@ from services.tokenizer.prompts import in_thread_if_long, render
 from services.tokenizer.reader import Target
 from services.tokenizer.readers import Readers
 from services.tokenizer.requests import conversation_of, default_sampling, internal_name, placement_key
-from services.tokenizer.tracing import trace_context
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class GenerationService(GenerationServiceServicer):
         """Generates and returns the whole result."""
         self._refuse_when_draining()
         opened = await self._opener.open(request.generation)
-        target = Target(opened.name, trace_context=trace_context(context))
+        target = Target(opened.name, call=opened.call)
         with self._readers.open(target, first=opened.address, on_slow=_end_later(context)) as reader:
             return await reader.collect()
 
@@ -63,7 +62,7 @@ class GenerationService(GenerationServiceServicer):
         """Generates and streams events."""
         self._refuse_when_draining()
         opened = await self._opener.open(request.generation)
-        target = Target(opened.name, trace_context=trace_context(context))
+        target = Target(opened.name, call=opened.call)
         with self._readers.open(target, first=opened.address, on_slow=_end_later(context)) as reader:
             while await reader.wait():
                 for response in reader.take(generation_pb2.StreamGenerateResponse):
@@ -76,7 +75,8 @@ class GenerationService(GenerationServiceServicer):
         self._refuse_when_draining()
         validation.check_resume(request, self._codec.facts)
         name = internal_name(request.generation)
-        target = Target(name, request.cursors, request.tails, trace_context(context))
+        self._readers.face.figures.resumed()
+        target = Target(name, request.cursors, request.tails)
         with self._readers.open(target, on_slow=_end_later(context)) as reader:
             while await reader.wait():
                 for response in reader.take(generation_pb2.ResumeResponse):

@@ -6,6 +6,7 @@ Knows how the parts are put together; `service.py` serves.
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 
 from google.protobuf.descriptor import FileDescriptor
@@ -13,21 +14,29 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from fermata.v1 import generation_pb2, model_pb2, session_pb2, text_pb2
+from fermata.v1 import generation_pb2, model_pb2, session_pb2, telemetry_pb2, text_pb2
 from fermata.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from fermata.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from fermata.v1.session_pb2_grpc import add_SessionServiceServicer_to_server
+from fermata.v1.telemetry_pb2_grpc import add_TelemetryServiceServicer_to_server
 from fermata.v1.text_pb2_grpc import add_TokenizerServiceServicer_to_server
 from services.common import process, rpc
 from services.common.directory import Directory
 from services.common.errors import Draining
 from services.common.model_folder import find_model
-from services.config import TokenizerConfig
+from services.common.rpc_tracing import TraceInterceptor
+from services.common.telemetry import Telemetry
+from services.common.telemetry_service import Others, TelemetryService
+from services.config import TokenizerConfig, telemetry_settings
+from services.orchestrator.v1 import orchestrator_pb2
 from services.tokenizer.codec import Codec
+from services.tokenizer.figures import Figures
 from services.tokenizer.orchestrators import Orchestrators
 from services.tokenizer.reader import Face
 from services.tokenizer.readers import Readers
+from services.tokenizer.requests import internal_name, placement_key
 from services.tokenizer.service import GenerationService, ModelService, SessionService, TokenizerService
+from services.tokenizer.validation import check_name
 
 LAST_CALL = 1.0
 """Seconds before the end of the grace at which streams that did not move are told to."""
@@ -37,6 +46,7 @@ _FILES: tuple[FileDescriptor, ...] = (
     session_pb2.DESCRIPTOR,
     text_pb2.DESCRIPTOR,
     model_pb2.DESCRIPTOR,
+    telemetry_pb2.DESCRIPTOR,
 )
 SERVICE_NAMES = tuple(name for file in _FILES for name in (f"{file.package}.{item}" for item in file.services_by_name))
 
@@ -46,6 +56,7 @@ class Tokenizer:
 
     Attributes:
         server: serves both ports.
+        telemetry: what it tells of its work.
         public_port: shared with the other tokenizers of the node.
         own_port: this process's alone.
         readers: the open streams.
@@ -63,15 +74,21 @@ class Tokenizer:
         Raises:
             OSError: a port is taken.
         """
-        self.server = rpc.public_server(reuse_port=True)
+        self.telemetry = telemetry = Telemetry("tokenizer", telemetry_settings(config))
+        figures = Figures(telemetry.metrics, lambda: len(self.readers))
+        tracing = TraceInterceptor(telemetry, begins_traces=True, on_failed=figures.failed)
+        self.server = rpc.public_server(reuse_port=True, interceptors=[tracing])
         self.public_port = rpc.bind(self.server, config.host, config.public_port)
         self.own_port = rpc.bind(self.server, config.host, config.port)
         self._orchestrators = Orchestrators(orchestrators)
         own = f"{advertised_host(config)}:{self.own_port}"
-        face = Face(codec.vocabulary, codec.facts.eos_token_ids, own, tokenizers)
+        face = Face(codec.vocabulary, codec.facts.eos_token_ids, own, tokenizers, telemetry, figures)
         self.readers = Readers(self._orchestrators, face)
         self._health = health.aio.HealthServicer()
         _add_services(self.server, codec, self._orchestrators, self.readers, self._health)
+        others = Others(behind=orchestrators.addresses, beside=tokenizers.addresses)
+        telemetry_service = TelemetryService(telemetry, own, others, self._generation_id)
+        add_TelemetryServiceServicer_to_server(telemetry_service, self.server)
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -79,6 +96,19 @@ class Tokenizer:
         for name in ("", *SERVICE_NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._ticker = asyncio.create_task(self.readers.tick(), name="ticker")
+
+    async def _generation_id(self, name: generation_pb2.GenerationName) -> str:
+        """The id of a generation, by whichever name."""
+        check_name(name)
+        if name.generation_id:
+            return name.generation_id
+        internal = internal_name(name)
+        stored = await self._orchestrators.call(
+            lambda stub: stub.GetGeneration,
+            orchestrator_pb2.GetGenerationRequest(name=internal),
+            key=placement_key(internal),
+        )
+        return stored.opened.generation_id
 
     async def drain(self) -> None:
         """R19: nothing new comes in, streams are told to move, and shortly before the end of the grace they must."""
@@ -92,6 +122,7 @@ class Tokenizer:
         if self._ticker is not None:
             self._ticker.cancel()
         await self._orchestrators.close()
+        await asyncio.to_thread(self.telemetry.close)
 
 
 def _add_services(
@@ -126,6 +157,7 @@ async def serve(config: TokenizerConfig, host: process.Host, orchestrators: Dire
     codec = await asyncio.to_thread(Codec.load, find_model(config.model))
     tokenizer = Tokenizer(config, codec, orchestrators, tokenizers)
     await tokenizer.start()
+    gc.freeze()  # what is there now stays for ever; no collection needs to walk over it
     serving = process.Serving((tokenizer.public_port, tokenizer.own_port), lambda: {"streams": len(tokenizer.readers)})
     try:
         await process.run(tokenizer.server, serving, host, on_stop=tokenizer.drain)

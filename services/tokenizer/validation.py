@@ -70,7 +70,7 @@ SAMPLING_RANGES = (
     Range("frequency_penalty", -100, 100),
 )
 LOGIT_BIAS_RANGE = Range("logit_bias", -100, 100)
-NOT_YET_SUPPORTED = ("prompt_logprobs", "stages", "timings")
+NOT_YET_SUPPORTED = ("prompt_logprobs", "stages")
 """Options of the output that are part of the contract only."""
 
 

@@ -23,6 +23,7 @@ from tests.bench.processes import System, cpu_seconds
 from tests.bench.workload import Workload
 
 STREAMS = (1, 8, 32)
+ALONE = "engine alone"
 BARE = "(one bare gRPC hop)"
 
 
@@ -33,6 +34,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)), help="numbers of streams")
     parser.add_argument("--tokens", type=int, default=200, help="tokens per stream (1 stream: three times as many)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per level")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads of the shard")
+    parser.add_argument("--levels", default="", help="only those whose name contains this, besides the engine alone")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens per stream")
     return parser.parse_args(arguments)
 
@@ -47,10 +50,12 @@ class Samples:
         self.store_calls: list[float] = []
 
 
-async def measure(system: System, workload: Workload, samples: Samples) -> None:
-    """One round: every level once."""
+async def measure(system: System, workload: Workload, samples: Samples, wanted: str) -> None:
+    """One round: every wanted level once."""
     alone = 0.0
     for level, run in LEVELS.items():
+        if wanted not in level and level != ALONE:
+            continue
         # The engine's time comes with a heartbeat: waiting for that must not count.
         engine_before = await system.engine_seconds()
         before = cpu_seconds(system.pids)
@@ -59,10 +64,10 @@ async def measure(system: System, workload: Workload, samples: Samples) -> None:
         engine_after = await system.engine_seconds()
         key = (workload.streams, level)
         rate = workload.total / seconds
-        alone = rate if level == "engine alone" else alone
+        alone = rate if level == ALONE else alone
         samples.rates[key].append(rate)
         samples.ratios[key].append(rate / alone)
-        if level == "engine alone":
+        if level == ALONE:
             continue
         engine = engine_after - engine_before
         for name in before:
@@ -81,6 +86,8 @@ def print_table(samples: Samples, streams: list[int]) -> None:
     for count in streams:
         for level in LEVELS:
             key = (count, level)
+            if not samples.rates[key]:
+                continue
             rate = statistics.median(samples.rates[key])
             ratio = statistics.median(samples.ratios[key])
             speed = f"{rate:>9.0f}{1e3 * count / rate:>10.2f}{ratio:>9.2f}" if level != BARE else " " * 28
@@ -102,13 +109,13 @@ async def run(options: argparse.Namespace) -> None:
     streams = [int(part) for part in options.streams.split(",")]
     samples = Samples()
     with tempfile.TemporaryDirectory(prefix="fermata-bench-") as folder:
-        async with System(Path(folder), options.model) as system:
+        async with System(Path(folder), options.model, options.threads) as system:
             for round_number in range(options.rounds + 1):  # the first one only warms up
                 for count in streams:
                     tokens = options.tokens * (3 if count == 1 else 1)
                     workload = Workload(count, tokens, options.prompt, system.vocabulary_size, round_number)
                     print(f"\rround {round_number} of {options.rounds}, {count} streams  ", end="", file=sys.stderr)
-                    await measure(system, workload, samples if round_number else Samples())
+                    await measure(system, workload, samples if round_number else Samples(), options.levels)
             print("\r" + " " * 40, end="\r", file=sys.stderr)
             facts = await system.orchestrator_facts()
     load = os.getloadavg()[0]

@@ -10,6 +10,7 @@ import threading
 import time
 
 from services.common.sampling import Row
+from services.common.telemetry import Telemetry, TelemetrySettings
 from services.common.types import SamplingProgram
 from services.config import ShardConfig
 from services.shard.engine import Commands, Engine, Report
@@ -52,10 +53,13 @@ def main() -> None:
     """Builds a shard's engine, warms it up, runs the workload once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    for name in ("streams", "tokens", "prompt", "seed"):
+    for name in ("streams", "tokens", "prompt", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
-    service = build(ShardConfig(model=options.model))
+    service = build(
+        ShardConfig(model=options.model, threads=options.threads),
+        Telemetry("shard", TelemetrySettings(recorded_bytes=0)),
+    )
     engine, size = service.engine, service.description.vocabulary_size
     reports: list[Report] = []
     done = threading.Event()

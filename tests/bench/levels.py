@@ -30,6 +30,7 @@ async def engine_alone(system: System, workload: Workload) -> float:
         "tokens": workload.tokens,
         "prompt": workload.prompt_tokens,
         "seed": workload.seed,
+        "threads": system.threads,
     }
     flags = [f"--{name}={value}" for name, value in figures.items()]
     command = [sys.executable, "-m", "tests.bench.engine", "--model", system.model, *flags]

@@ -34,19 +34,26 @@ def cpu_seconds(pids: dict[str, int]) -> dict[str, float]:
     return seconds
 
 
+def _compute_seconds(pid: int) -> float:
+    """CPU seconds of the threads that the native kernels started besides the engine's own."""
+    tasks = [task for task in Path(f"/proc/{pid}/task").iterdir() if (task / "comm").read_text().strip() == "compute"]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
 class System:
     """A store, a shard, an orchestrator and a tokenizer, each a process of its own.
 
     Attributes:
         model: folder of the model.
+        threads: compute threads of the shard.
         pids: by name; `client` is this process.
         shard, orchestrator, tokenizer: addresses.
         bare: address of a server that only sends messages, for comparison.
         vocabulary_size: of the model.
     """
 
-    def __init__(self, folder: Path, model: str) -> None:
-        self.model = model
+    def __init__(self, folder: Path, model: str, threads: int) -> None:
+        self.model, self.threads = model, threads
         self.pids: dict[str, int] = {"client": os.getpid()}
         self.shard = self.orchestrator = self.tokenizer = self.bare = ""
         self.vocabulary_size = 0
@@ -75,7 +82,7 @@ class System:
         self._valkey = await asyncio.to_thread(start_valkey, self._folder / "store")
         self.pids["store"] = self._valkey.process.pid
         self.bare = await self._start("bare", module="tests.bench.bare")
-        self.shard = await self._start("shard", "--model", self.model, "--port", "0")
+        self.shard = await self._start("shard", "--model", self.model, "--port", "0", "--threads", str(self.threads))
         self.orchestrator = await self._start(
             "orchestrator", "--model", self.model, "--shards", self.shard, "--redis-url", self._valkey.url
         )
@@ -100,11 +107,11 @@ class System:
             self._valkey.stop()
 
     async def engine_seconds(self) -> float:
-        """CPU seconds of the engine's thread, from a heartbeat that comes after this call."""
+        """CPU seconds of the engine's threads, from a heartbeat that comes after this call."""
         while not self._loads.empty():
             self._loads.get_nowait()
         await self._loads.get()  # may have been on its way
-        return (await self._loads.get()).engine_cpu_ns / 1e9
+        return (await self._loads.get()).engine_cpu_ns / 1e9 + _compute_seconds(self.pids["shard"])
 
     async def orchestrator_facts(self) -> orchestrator_pb2.IdentifyResponse:
         """The orchestrator's counters."""

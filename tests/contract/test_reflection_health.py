@@ -13,14 +13,14 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from fermata.v1 import generation_pb2, model_pb2, session_pb2, text_pb2
+from fermata.v1 import generation_pb2, model_pb2, session_pb2, telemetry_pb2, text_pb2
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.contract.statuses import error_info
 from tests.pipeline.house import House
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(60)]
 
-PUBLIC_FILES = (generation_pb2.DESCRIPTOR, session_pb2.DESCRIPTOR, text_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR)
+PUBLIC_FILES = tuple(module.DESCRIPTOR for module in (generation_pb2, session_pb2, text_pb2, model_pb2, telemetry_pb2))
 PUBLIC_SERVICES = {service.full_name for file in PUBLIC_FILES for service in file.services_by_name.values()}
 STANDARD_SERVICES = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 

@@ -19,7 +19,16 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
-from fermata.v1 import chat_pb2, common_pb2, generation_pb2, model_pb2, sampling_pb2, session_pb2, text_pb2
+from fermata.v1 import (
+    chat_pb2,
+    common_pb2,
+    generation_pb2,
+    model_pb2,
+    sampling_pb2,
+    session_pb2,
+    telemetry_pb2,
+    text_pb2,
+)
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.model_pb2_grpc import ModelServiceStub
 from tests.contract.statuses import error_info
@@ -35,14 +44,13 @@ NOT_YET_SUPPORTED = {
     "fermata.v1.SessionService.DeleteSession",
     "fermata.v1.OutputOptions.prompt_logprobs",
     "fermata.v1.OutputOptions.stages",
-    "fermata.v1.OutputOptions.timings",
 }
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOS, README = ROOT / "protos" / "fermata" / "v1", ROOT / "README.md"
 SERVICES = [
     service
-    for module in (generation_pb2, session_pb2, text_pb2, model_pb2)
+    for module in (generation_pb2, session_pb2, text_pb2, model_pb2, telemetry_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 ]
 CHAT = chat_pb2.ChatInput(
@@ -137,6 +145,8 @@ def good_calls(ended: generation_pb2.GenerateResponse) -> dict[str, Message]:
         "Detokenize": text_pb2.DetokenizeRequest(token_ids=common_pb2.TokenIds(ids=[9, 10])),
         "ListModels": model_pb2.ListModelsRequest(),
         "GetModel": model_pb2.GetModelRequest(),
+        "GetTrace": telemetry_pb2.GetTraceRequest(generation=name),
+        "GetStatistics": telemetry_pb2.GetStatisticsRequest(),
         "DeleteSession": session_pb2.DeleteSessionRequest(session_id=session_id),  # the last one: it takes the session
     }
 

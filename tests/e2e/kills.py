@@ -9,12 +9,12 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fermata.aio import AsyncClient
 from tests.e2e.system import UpSystem, is_running, wait_for
-from tests.history import History, Output
+from tests.history import History, Output, check, check_text
 from tests.pipeline.house import read, undisturbed
 
 LENGTH = 64
@@ -66,6 +66,19 @@ async def killed_at(
         await watching
         wait_for(lambda: not is_running(killed[0]), 5, "the kill")
         return history, stream.generation_id
+
+
+async def assert_undisturbed(system: UpSystem, kind: str, offsets: Iterable[int]) -> None:
+    """A process of a kind is killed at each of some offsets, and the reader sees the undisturbed run."""
+    options, reference = await request_with_stop(system.address)
+    for number, offset in enumerate(offsets):
+        durability = {"durability": "committed"} if number % 2 else {}
+        history, generation = await killed_at(
+            system, offset, lambda session_id: KILLS[kind](system, session_id), options | durability
+        )
+        references = {generation: reference}
+        assert check(history, references) + check_text(history, references) == [], f"{kind} killed at offset {offset}"
+        await asyncio.to_thread(system.wait_whole)
 
 
 def kill_owner(system: UpSystem, session_id: str) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from fermata.aio import AsyncClient
 from fermata.events import Tokens
-from tests.e2e.kills import KILLS, LENGTH, OFFSETS, REQUEST, killed_at, request_with_stop, seeded_offsets
+from tests.e2e.kills import KILLS, LENGTH, OFFSETS, REQUEST, assert_undisturbed, request_with_stop, seeded_offsets
 from tests.e2e.system import BIN, UpSystem, client
 from tests.history import History, check, check_text
 from tests.pipeline.house import read
@@ -33,15 +33,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, random_model_folder: Path) 
 
 @pytest.mark.parametrize("kind", KILLS)
 async def test_a_killed_service(system: UpSystem, kind: str) -> None:
-    options, reference = await request_with_stop(system.address)
-    for number, offset in enumerate(seeded_offsets(kind)):
-        durability = {"durability": "committed"} if number % 2 else {}
-        history, generation = await killed_at(
-            system, offset, lambda session_id: KILLS[kind](system, session_id), options | durability
-        )
-        references = {generation: reference}
-        assert check(history, references) + check_text(history, references) == [], f"{kind} killed at offset {offset}"
-        await asyncio.to_thread(system.wait_whole)
+    await assert_undisturbed(system, kind, seeded_offsets(kind))
 
 
 def test_a_killed_client_resumes_on_the_command_line(system: UpSystem) -> None:

@@ -23,7 +23,7 @@ from fermata.aio import AsyncClient
 from services.local import processes
 from services.local.replicas import serve_replicas
 from services.local.state import StateDirectory
-from tests.e2e.kills import KILLS, LENGTH, OFFSETS, REQUEST, killed_at, request_with_stop, seeded_offsets
+from tests.e2e.kills import LENGTH, OFFSETS, REQUEST, assert_undisturbed, request_with_stop, seeded_offsets
 from tests.e2e.system import UpSystem, is_running, server_command, wait_for
 from tests.history import History, check, check_text
 from tests.pipeline.house import read, undisturbed
@@ -59,18 +59,6 @@ def pid_with_title(system: UpSystem, title: str) -> int:
     found = [item for item in processes.using(ray_folder(system)) if processes.title_of(item).startswith(title)]
     assert len(found) == 1, found
     return found[0].pid
-
-
-async def assert_undisturbed(system: UpSystem, kind: str, offsets: list[int]) -> None:
-    options, reference = await request_with_stop(system.address)
-    for number, offset in enumerate(offsets):
-        durability = {"durability": "committed"} if number % 2 else {}
-        history, generation = await killed_at(
-            system, offset, lambda session_id: KILLS[kind](system, session_id), options | durability
-        )
-        references = {generation: reference}
-        assert check(history, references) + check_text(history, references) == [], f"{kind} killed at offset {offset}"
-        await asyncio.to_thread(system.wait_whole)
 
 
 def handle_calls(system: UpSystem) -> dict[str, float]:
@@ -162,7 +150,8 @@ def test_status_is_never_behind_the_kernel(system: UpSystem) -> None:
     came: dict[int, float] = {}
     for service in SERVICES:
         before = set(system.pids())
-        killed[system.kill(service, 0)] = time.monotonic()
+        pid = system.kill(service, 0)
+        killed[pid] = time.monotonic()
         system.wait_whole()
         came |= dict.fromkeys(set(system.pids()) - before, time.monotonic())
     time.sleep(1)

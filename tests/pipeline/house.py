@@ -13,42 +13,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from grpc import aio
-
 from fermata.aio import AsyncClient
 from fermata.aio_stream import AsyncStream
 from fermata.events import Finished, Started, Tokens
-from services.common import failpoints, rpc
+from services.common import failpoints
 from services.common.directory import StaticDirectory
 from services.config import OrchestratorConfig, ShardConfig, TokenizerConfig
-from services.orchestrator.service import OrchestratorService
-from services.orchestrator.serving import build as build_orchestrator
-from services.orchestrator.v1.orchestrator_pb2_grpc import add_OrchestratorServiceServicer_to_server
-from services.shard.service import ShardService
-from services.shard.serving import build as build_shard
-from services.shard.v1.shard_pb2_grpc import add_ShardServiceServicer_to_server
+from services.orchestrator.serving import Orchestrator
+from services.shard.serving import Shard
 from services.tokenizer.codec import Codec
 from services.tokenizer.serving import Tokenizer
 from tests.history import History, Output, Record
 from tests.valkey import Valkey, start_valkey
-
-
-@dataclass
-class RunningShard:
-    """A shard that serves."""
-
-    service: ShardService
-    server: aio.Server
-    port: int
-
-
-@dataclass
-class RunningOrchestrator:
-    """An orchestrator that serves."""
-
-    service: OrchestratorService
-    server: aio.Server
-    port: int
 
 
 @dataclass
@@ -63,8 +39,8 @@ class House:
     folder: Path
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
-    shard: RunningShard | None = None
-    orchestrators: list[RunningOrchestrator | None] = field(default_factory=lambda: [None, None])
+    shard: Shard | None = None
+    orchestrators: list[Orchestrator | None] = field(default_factory=lambda: [None, None])
     tokenizers: list[Tokenizer | None] = field(default_factory=lambda: [None, None])
     ports: dict[str, int] = field(default_factory=dict)
 
@@ -111,39 +87,37 @@ class House:
 
     async def start_shard(self) -> None:
         """Starts the shard where it was before."""
-        config = ShardConfig(model=self.model, kv_memory=64 << 20)
-        service = await asyncio.to_thread(build_shard, config)
-        server = rpc.inside_server()
-        add_ShardServiceServicer_to_server(service, server)
-        port = self.ports["shard"] = rpc.bind(server, config.host, self.ports.get("shard", 0))
-        service.start()
-        await server.start()
-        self.shard = RunningShard(service, server, port)
+        # In float32, as what the tests compare with, though the built-in model is stored in bfloat16.
+        config = ShardConfig(model=self.model, port=self.ports.get("shard", 0), kv_memory=64 << 20, dtype="float32")
+        self.shard = shard = await Shard.load(config)
+        self.ports["shard"] = shard.port
+        shard.service.start()
+        await shard.server.start()
 
     async def drop_shard(self) -> None:
         """The shard is gone without a word."""
         shard, self.shard = self.shard, None
         if shard is not None:
             await shard.server.stop(None)
-            await shard.service.stop()
+            await shard.close()
 
     async def start_orchestrator(self, index: int) -> None:
         """Starts an orchestrator where it was before, as a new process."""
         name = f"orchestrator {index}"
-        config = OrchestratorConfig(model=self.model, redis_url=self.store.url, **self.settings)
-        server = rpc.inside_server()
-        port = self.ports[name] = rpc.bind(server, config.host, self.ports.get(name, 0))
-        service = build_orchestrator(config, port, StaticDirectory([f"127.0.0.1:{self.ports['shard']}"]))
-        add_OrchestratorServiceServicer_to_server(service, server)
-        await service.start(self._group)
-        await server.start()
-        self.orchestrators[index] = RunningOrchestrator(service, server, port)
+        config = OrchestratorConfig(
+            model=self.model, redis_url=self.store.url, port=self.ports.get(name, 0), **self.settings
+        )
+        running = Orchestrator(config, StaticDirectory([f"127.0.0.1:{self.ports['shard']}"]))
+        self.ports[name] = running.port
+        await running.service.start(self._group)
+        await running.server.start()
+        self.orchestrators[index] = running
 
     async def drop_orchestrator(self, index: int) -> None:
         """An orchestrator is gone without a word: nothing more is written, readers see a broken stream."""
         running, self.orchestrators[index] = self.orchestrators[index], None
         if running is not None:
-            await running.service.stop()
+            await running.close()
             await running.server.stop(None)
 
     async def drop_owner(self) -> None:

@@ -153,3 +153,13 @@ def test_a_child_gets_the_very_same_settings(
         model=model, host=host, port=port, shards=shards, park_after=park_after, testing=testing
     )
     assert load(OrchestratorConfig, to_arguments(config), environment={"FERMATA_PORT": "7"})[0] == config
+
+
+@pytest.mark.parametrize("kind", [ShardConfig, SystemConfig])
+def test_what_shards_compute_with_is_checked(kind: type[ShardConfig | SystemConfig]) -> None:
+    for dtype, device in (("int8", "cpu"), ("auto", "cuda"), ("bfloat16", "cuda:1")):
+        assert load(kind, ["--dtype", dtype, "--device", device], environment={})[0].dtype == dtype
+    for wrong in ({"dtype": "float16"}, {"device": "gpu"}, {"device": "cuda:"}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            kind(**wrong)  # type: ignore[arg-type]

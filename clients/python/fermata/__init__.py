@@ -39,6 +39,7 @@ from fermata.records import (
 )
 from fermata.requests import Messages, Options
 from fermata.sync_stream import Stream
+from fermata.timings import TokenTimings
 
 __all__ = [
     "AsyncClient",
@@ -67,6 +68,7 @@ __all__ = [
     "StoredGeneration",
     "Stream",
     "TokenPiece",
+    "TokenTimings",
     "Tokens",
     "TopLogprobs",
     "Usage",

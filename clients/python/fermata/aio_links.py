@@ -19,9 +19,11 @@ from fermata import dialing
 from fermata.dialing import NO_ANSWER, Health, LinkTable
 from fermata.errors import DeadlineExceeded, FermataError, Unavailable, from_rpc_error
 from fermata.resume import DIAL_TIMEOUT, Endpoint, Recovery, Where, candidates
+from fermata.trace_context import trace_metadata
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.model_pb2_grpc import ModelServiceStub
 from fermata.v1.session_pb2_grpc import SessionServiceStub
+from fermata.v1.telemetry_pb2_grpc import TelemetryServiceStub
 from fermata.v1.text_pb2_grpc import TokenizerServiceStub
 
 Request = TypeVar("Request")
@@ -40,6 +42,7 @@ class Link:
         self.sessions = SessionServiceStub(self.channel)
         self.texts = TokenizerServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
+        self.telemetry = TelemetryServiceStub(self.channel)
 
     async def dial(self) -> Health:
         """Asks the other end whether it serves; at most `DIAL_TIMEOUT` seconds."""
@@ -145,7 +148,7 @@ class Links:
                     if link is None:
                         link = await self.race(candidates(self.home, self.known, failed))
                     limit = min(self.give_up_after, max(0.0, deadline - time.monotonic()))
-                    return await method(link)(request, timeout=limit)
+                    return await method(link)(request, timeout=limit, metadata=trace_metadata())
                 except aio.AioRpcError as rpc_error:
                     error = from_rpc_error(rpc_error)
                 except Unavailable as unreachable:

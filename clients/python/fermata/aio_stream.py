@@ -22,6 +22,7 @@ from fermata.errors import DeadlineExceeded, FermataError, Unavailable, from_rpc
 from fermata.events import Event
 from fermata.resume import SILENCE, Where
 from fermata.stream import CANCEL_TIMEOUT, EARLY_END, LAST_WORDS_TIMEOUT, SILENT, StreamState
+from fermata.trace_context import trace_metadata
 from fermata.v1 import generation_pb2
 
 
@@ -137,8 +138,10 @@ class AsyncStream(StreamState):
         self._cancellations = task.cancelling() if task is not None else 0
         self._watch(SILENCE)
         if self._exists:
-            return link.generations.Resume(self._resume_message(), timeout=self._remaining())
-        return link.generations.StreamGenerate(self._generate_message(), timeout=self._remaining())
+            return link.generations.Resume(self._resume_message(), timeout=self._remaining(), metadata=trace_metadata())
+        return link.generations.StreamGenerate(
+            self._generate_message(), timeout=self._remaining(), metadata=trace_metadata()
+        )
 
     def _recover(self, error: FermataError) -> None:
         """Prepares the next attempt; raises the error when there is none to be made."""

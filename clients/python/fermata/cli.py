@@ -21,7 +21,7 @@ from fermata.chat import ChatEnd, run_chat
 from fermata.client import Client
 from fermata.dialing import DEFAULT_SERVER, parse_server
 from fermata.drift import DriftCurve, DriftText, read_texts
-from fermata.errors import DataLoss, FermataError, NotYetSupported, Unavailable
+from fermata.errors import DataLoss, FermataError, Unavailable
 from fermata.events import FinishReason
 from fermata.printing import (
     EventPrinter,
@@ -38,6 +38,8 @@ from fermata.printing import (
 )
 from fermata.requests import Options
 from fermata.sync_stream import Stream
+from fermata.top import add_top_options, show_top
+from fermata.trace_command import add_trace_options, show_trace
 from fermata.v1 import text_pb2
 
 __all__ = ["ChatEnd", "main", "run_chat"]
@@ -96,10 +98,7 @@ def generate(given: argparse.Namespace, printer: Printer) -> int:
     prompt = None if given.chat else text
     with _connected(given) as client:
         if given.timings:
-            with contextlib.suppress(NotYetSupported):
-                timed: Options = {**options, "timings": True}
-                return _show(client.stream(prompt, **timed), given, printer)
-            printer.note("this server does not time its tokens; what follows is measured here")
+            options["timings"] = True
         return _show(client.stream(prompt, **options), given, printer)
 
 
@@ -162,6 +161,17 @@ def drift(given: argparse.Namespace, printer: Printer) -> int:
     printer.table(heading, drift_rows(curve))
     printer.line(drift_summary(curve))
     return FINISHED
+
+
+def trace(given: argparse.Namespace, printer: Printer) -> int:
+    """Shows where the time of each token of a generation went."""
+    return show_trace(lambda: _connected(given), given, printer)
+
+
+def top(given: argparse.Namespace, printer: Printer) -> int:
+    """Shows what the system does now."""
+    with _connected(given) as client:
+        return show_top(client, given, printer)
 
 
 def list_sessions(given: argparse.Namespace, printer: Printer) -> int:
@@ -306,6 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", metavar="FILE", help="conversations as JSON lines; - reads standard input")
     command.add_argument("--limit", type=_positive, help="most conversations to take (default: all)")
     command.add_argument("--longest", type=_positive, default=64, help="most tokens of each answer (default: 64)")
+
+    add_trace_options(_command(commands, "trace", trace, "show where the time of each token of a generation went"))
+    add_top_options(_command(commands, "top", top, "show what the system does now; q ends"))
 
     sessions = commands.add_parser("sessions", help="look at sessions").add_subparsers(required=True, metavar="COMMAND")
     command = _command(sessions, "list", list_sessions, "list sessions, the newest first")

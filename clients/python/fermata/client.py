@@ -26,7 +26,7 @@ from fermata.records import (
 from fermata.requests import Messages, Options, chat_input, generation_name, generation_request
 from fermata.resume import GIVE_UP_AFTER, Endpoint, Recovery
 from fermata.sync_stream import Stream, Watch
-from fermata.v1 import common_pb2, generation_pb2, model_pb2, session_pb2, text_pb2
+from fermata.v1 import common_pb2, generation_pb2, model_pb2, session_pb2, telemetry_pb2, text_pb2
 
 
 class Client:
@@ -191,6 +191,19 @@ class Client:
         request = model_pb2.ListModelsRequest()
         response = self._links.call(lambda link: link.models.ListModels, request, timeout)
         return [model_from(model) for model in response.models]
+
+    def statistics(self, *, timeout: float | None = None) -> telemetry_pb2.GetStatisticsResponse:
+        """What all processes count, as it stands now; `fermata.statistics.overview` makes rates of two of them."""
+        request = telemetry_pb2.GetStatisticsRequest()
+        return self._links.call(lambda link: link.telemetry.GetStatistics, request, timeout)
+
+    def trace(
+        self, generation_id: str = "", *, request_id: str = "", session_id: str = "", timeout: float | None = None
+    ) -> bytes:
+        """Where the time of a generation went, as far as the server remembers it, as a document in OTLP/JSON."""
+        request = telemetry_pb2.GetTraceRequest(generation=generation_name(generation_id, request_id, session_id))
+        response = self._links.call(lambda link: link.telemetry.GetTrace, request, timeout)
+        return response.otlp_json
 
     def wait_until_ready(self, timeout: float) -> None:
         """Waits until the server answers and says that it serves.

@@ -18,9 +18,11 @@ from fermata import dialing
 from fermata.dialing import NO_ANSWER, Health, LinkTable
 from fermata.errors import DeadlineExceeded, FermataError, Unavailable, from_rpc_error
 from fermata.resume import DIAL_TIMEOUT, Endpoint, Recovery, Where, candidates
+from fermata.trace_context import trace_metadata
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.model_pb2_grpc import ModelServiceStub
 from fermata.v1.session_pb2_grpc import SessionServiceStub
+from fermata.v1.telemetry_pb2_grpc import TelemetryServiceStub
 from fermata.v1.text_pb2_grpc import TokenizerServiceStub
 
 Request = TypeVar("Request")
@@ -39,6 +41,7 @@ class Link:
         self.sessions = SessionServiceStub(self.channel)
         self.texts = TokenizerServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
+        self.telemetry = TelemetryServiceStub(self.channel)
 
     def dial(self, timeout: float) -> Any:
         """Starts asking the other end whether it serves; a future that ends within `timeout` seconds."""
@@ -154,7 +157,7 @@ class Links:
                     if link is None:
                         link = self.race(candidates(self.home, self.known, failed), deadline=deadline)
                     limit = min(self.give_up_after, max(0.0, deadline - time.monotonic()))
-                    return method(link)(request, timeout=limit)
+                    return method(link)(request, timeout=limit, metadata=trace_metadata())
                 except grpc.RpcError as rpc_error:
                     error = from_rpc_error(rpc_error)
                 except Unavailable as unreachable:

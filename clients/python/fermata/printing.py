@@ -23,6 +23,7 @@ from fermata.errors import FermataError
 from fermata.events import Event, Finished, FinishReason, Started, Tokens
 from fermata.records import Session, SessionGeneration, TokenPiece
 from fermata.stream import StreamState
+from fermata.timings import PARTS, TokenTimings
 
 BOLD, DIM, RED, RESET = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
@@ -143,8 +144,7 @@ class Stopwatch:
         self._begin = time.monotonic()
         self._first: float | None = None
         self._tokens = 0
-        self._timed = 0
-        self._parts = {"shard": 0, "orchestrator": 0, "tokenizer": 0, "network": 0}
+        self._timings: list[TokenTimings] = []
 
     def event(self, event: Event) -> None:
         """Takes the time of an event."""
@@ -152,10 +152,7 @@ class Stopwatch:
             return
         self._first = self._first or time.monotonic()
         self._tokens += len(event.token_ids)
-        for timing in event.message.tokens.timings:
-            self._timed += 1
-            for name in self._parts:
-                self._parts[name] += getattr(timing, f"{name}_ns")
+        self._timings += event.timings
 
     def report(self, printer: Printer) -> None:
         """Writes what was found beside the output."""
@@ -165,9 +162,24 @@ class Stopwatch:
         rest = (self._tokens - 1) / (end - self._first) if self._tokens > 1 and end > self._first else 0.0
         printer.note(f"first token after {(self._first - self._begin) * 1e3:.1f} ms")
         printer.note(f"{self._tokens} tokens in {(end - self._begin) * 1e3:.1f} ms, then {rest:.1f} tokens/s")
-        if self._timed:
-            parts = ", ".join(f"{name} {total / self._timed / 1e6:.3f} ms" for name, total in self._parts.items())
-            printer.note(f"per token: {parts}")
+        for row in timing_rows(self._timings[1:]):
+            printer.note(row)
+
+
+def timing_rows(timings: Sequence[TokenTimings]) -> list[str]:
+    """A table of the parts of some tokens' latency: mean, median, 99th percentile, and a bar of the mean's share."""
+    if not timings:
+        return []
+    rows = [f"{'milliseconds per token':<24}{'mean':>9}{'p50':>9}{'p99':>9}"]
+    whole = sum(item.total_ns for item in timings) or 1
+    for name in ("total", *PARTS):
+        values = sorted(getattr(item, f"{name}_ns") / 1e6 for item in timings)
+        mean, middle, high = sum(values) / len(values), values[len(values) // 2], values[-1 - len(values) // 100]
+        share = sum(values) * 1e6 / whole
+        if max(abs(values[0]), abs(high)) >= 0.0005:
+            bar = "█" * round(30 * share) if name != "total" else ""
+            rows.append(f"{name.replace('_', ' '):<24}{mean:>9.3f}{middle:>9.3f}{high:>9.3f}  {bar}".rstrip())
+    return rows
 
 
 def describe(error: FermataError) -> str:
@@ -215,9 +227,9 @@ def drift_rows(curve: DriftCurve) -> list[tuple[str, ...]]:
             str(span.first) if span.first == span.last else f"{span.first}-{span.last}",
             str(span.tokens),
             f"{span.teacher_forced:6.1%}",
-            _bar(span.teacher_forced),
+            bar(span.teacher_forced, 10),
             f"{span.free_running:6.1%}",
-            _bar(span.free_running),
+            bar(span.free_running, 10),
             f"{span.gap:+.1%}",
         )
         for span in curve.ranges()
@@ -250,9 +262,9 @@ def drift_json(curve: DriftCurve) -> str:
     return json.dumps({"texts": curve.texts, "total": counts(curve.total), "offsets": offsets})
 
 
-def _bar(share: float) -> str:
-    """A share as a bar of up to ten columns; what is not nothing can be seen."""
-    eighths = max(round(share * 80), 1 if share > 0 else 0)
+def bar(share: float, columns: int) -> str:
+    """A share as a bar of up to so many columns; what is not nothing can be seen."""
+    eighths = min(max(round(share * columns * 8), 1 if share > 0 else 0), columns * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].rstrip()
 
 

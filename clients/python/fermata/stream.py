@@ -5,12 +5,15 @@ Knows the messages and the decisions of `resume.py`; opens no call and never blo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from fermata.errors import FermataError, Internal, NeedFrom
-from fermata.events import Event, FinishReason, Generation, Heartbeat, Started, from_message
+from fermata.events import Event, FinishReason, Generation, Heartbeat, Started, Tokens, from_message
 from fermata.requests import generation_name
 from fermata.resume import Endpoint, Reading, Recovery, Remedy, candidates
+from fermata.timings import LastWay
 from fermata.v1 import common_pb2, generation_pb2
 
 SILENT = "no message for 3 s"
@@ -51,6 +54,7 @@ class StreamState:
         self._delay = 0.0  # seconds to wait before the next call
         self._failed_address = ""  # of the link that was given up last
         self._over = False
+        self._last_way = LastWay()
 
     @property
     def generation_id(self) -> str:
@@ -147,6 +151,7 @@ class StreamState:
         """A new call begins."""
         self._attached = self._draining = False
         self._delay = 0.0
+        self._last_way.begin()
 
     def _receive(self, message: generation_pb2.GenerationEvent) -> Event | None:
         """Takes what came; returns it when the reader shall see it.
@@ -155,6 +160,9 @@ class StreamState:
             FermataError: it does not fit what came before.
         """
         event = from_message(message)
+        if type(event) is Tokens and message.tokens.timings:
+            timings = self._last_way.timings(message.tokens, time.monotonic_ns())
+            event = replace(event, timings=timings)
         seen = self._reading.take(event)
         if seen is not None:
             self._attached = True

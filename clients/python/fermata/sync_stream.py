@@ -20,6 +20,7 @@ from fermata.events import Event
 from fermata.links import Link, Links, sleep_until
 from fermata.resume import SILENCE, Where
 from fermata.stream import CANCEL_TIMEOUT, EARLY_END, LAST_WORDS_TIMEOUT, SILENT, StreamState
+from fermata.trace_context import trace_metadata
 from fermata.v1 import generation_pb2
 
 _WATCH_INTERVAL = 0.25
@@ -174,8 +175,8 @@ class Stream(StreamState):
         self._silent = False
         timeout = None if math.isinf(self._deadline) else max(0.0, self._deadline - time.monotonic())
         if self._exists:
-            return link.generations.Resume(self._resume_message(), timeout=timeout)
-        return link.generations.StreamGenerate(self._generate_message(), timeout=timeout)
+            return link.generations.Resume(self._resume_message(), timeout=timeout, metadata=trace_metadata())
+        return link.generations.StreamGenerate(self._generate_message(), timeout=timeout, metadata=trace_metadata())
 
     def _broken(self, error: grpc.RpcError) -> None:
         if self._over:

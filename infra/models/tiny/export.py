@@ -13,23 +13,24 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from infra.models.tiny import tokenizer as tiny_tokenizer
-from services.shard.models.config import LlamaConfig
-from services.shard.models.llama import Llama
+from services.shard.models.architecture import Architecture
+from services.shard.models.families import llama
+from services.shard.models.transformer import Transformer
 
 TEMPERATURE, TOP_P = 0.7, 0.95
 """What is sampled with where a request says nothing."""
 
 
-def round_weights(model: Llama) -> None:
+def round_weights(model: Transformer) -> None:
     """Rounds the weights in place to what is stored."""
     for view in model.checkpoint_views().values():
         view.copy_(view.to(torch.bfloat16))
 
 
-def write_folder(folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
+def write_folder(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Writes weights, configuration, tokenizer and generation settings, replacing those of an earlier model."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, tokenizer, model.config)
+    write_tokenizer(folder, tokenizer, model.architecture)
     weights = {name: weight.to("cpu", torch.bfloat16) for name, weight in model.to_checkpoint().items()}
     # Written aside and moved, so that whoever loads meanwhile sees the old file or the new one.
     partial = folder / "model.safetensors.partial"
@@ -38,17 +39,17 @@ def write_folder(folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
     partial.replace(folder / "model.safetensors")
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, config: LlamaConfig) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, shape: Architecture) -> None:
     """Writes everything but the weights."""
     end_of_text, _, turn_end = (tiny_tokenizer.control_id(tokenizer, token) for token in tiny_tokenizer.CONTROL_TOKENS)
     special_ids = {"bos_token_id": end_of_text, "eos_token_id": turn_end, "pad_token_id": end_of_text}
-    _write_json(folder / "config.json", config.to_dict() | special_ids | {"dtype": "bfloat16"})
+    _write_json(folder / "config.json", llama.write(shape) | special_ids | {"dtype": "bfloat16"})
     _write_json(
         folder / "generation_config.json",
         special_ids
         | {"eos_token_id": [turn_end, end_of_text], "do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P},
     )
-    _write_json(folder / "tokenizer_config.json", tiny_tokenizer.configuration(config.context_length))
+    _write_json(folder / "tokenizer_config.json", tiny_tokenizer.configuration(shape.context_length))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

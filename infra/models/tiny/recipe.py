@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from services.shard.models.config import LlamaConfig
+from services.shard.models.architecture import Architecture
+from services.shard.models.families import llama
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Recipe:
         measure_every: steps between two measurements, which also write a checkpoint.
     """
 
-    model: LlamaConfig
+    model: Architecture
     phases: tuple[Phase, ...]
     learning_rate: float = 5e-3
     warmup_steps: int = 50
@@ -74,7 +75,7 @@ def full(scale: float = 1.0) -> Recipe:
         scale: of the number of talking steps.
     """
     return Recipe(
-        model=LlamaConfig(
+        model=llama.architecture(
             vocabulary_size=4096,
             hidden_size=256,
             intermediate_size=640,
@@ -96,7 +97,7 @@ def full(scale: float = 1.0) -> Recipe:
 def quick() -> Recipe:
     """A run of seconds that shows that everything works; its model can say nothing."""
     return Recipe(
-        model=LlamaConfig(
+        model=llama.architecture(
             vocabulary_size=512,
             hidden_size=32,
             intermediate_size=64,

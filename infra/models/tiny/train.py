@@ -31,7 +31,7 @@ from infra.models.tiny.batches import LENGTHS, Batch, BatchSource
 from infra.models.tiny.progress import Meter, Progress
 from infra.models.tiny.recipe import Recipe, full, quick
 from services.shard.kernels.dense import DenseOperations
-from services.shard.models.llama import Llama
+from services.shard.models.transformer import Transformer
 
 _CHECKPOINT = "checkpoint.pt"
 _CURVE_STEPS = 10
@@ -46,7 +46,7 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.progress = Progress()
-        self.model = Llama(recipe.model).initialise(torch.Generator().manual_seed(recipe.seed)).to(device)
+        self.model = Transformer(recipe.model).initialise(torch.Generator().manual_seed(recipe.seed)).to(device)
         self._source, self._work, self._device = source, work, device
         self._operations = DenseOperations()
         self._optimizers = self._new_optimizers()

@@ -118,6 +118,7 @@ class GenerationSpec(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """Number of choices."""
     durability: _common_pb2.Durability.ValueType
@@ -134,6 +135,8 @@ class GenerationSpec(_message.Message):
     """The end user."""
     model: _builtins.str
     """Name of the model."""
+    trace_context: _builtins.bytes
+    """The span that all spans of the generation belong to: 16 bytes trace id, 8 bytes span id, 1 byte flags."""
     @_builtins.property
     def sampling(self) -> _sampling_pb2.SamplingParams:
         """Nothing unset; seed may be, then the orchestrator draws it before it stores the spec."""
@@ -170,10 +173,11 @@ class GenerationSpec(_message.Message):
         user: _builtins.str = ...,
         model: _builtins.str = ...,
         fingerprint: _common_pb2.Fingerprint | None = ...,
+        trace_context: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "output", b"output", "sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "detach", b"detach", "durability", b"durability", "exact", b"exact", "fingerprint", b"fingerprint", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "sampling", b"sampling", "stop", b"stop", "time_limit_ms", b"time_limit_ms", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "detach", b"detach", "durability", b"durability", "exact", b"exact", "fingerprint", b"fingerprint", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "sampling", b"sampling", "stop", b"stop", "time_limit_ms", b"time_limit_ms", "trace_context", b"trace_context", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1011,11 +1015,8 @@ class Attach(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     CURSORS_FIELD_NUMBER: _builtins.int
     TAILS_FIELD_NUMBER: _builtins.int
-    TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     reader: _builtins.int
     """Names the reader on this stream; chosen by the tokenizer, never used again."""
-    trace_context: _builtins.bytes
-    """W3C trace context of the call: 16 bytes trace id, 8 bytes span id, 1 byte flags. May be empty."""
     @_builtins.property
     def name(self) -> Global___Name:
         """The generation."""
@@ -1035,11 +1036,10 @@ class Attach(_message.Message):
         name: Global___Name | None = ...,
         cursors: _abc.Iterable[_common_pb2.Cursor] | None = ...,
         tails: _abc.Iterable[_common_pb2.Tail] | None = ...,
-        trace_context: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursors", b"cursors", "name", b"name", "reader", b"reader", "tails", b"tails", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursors", b"cursors", "name", b"name", "reader", b"reader", "tails", b"tails"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1054,6 +1054,7 @@ class ReadRequest(_message.Message):
     ATTACHES_FIELD_NUMBER: _builtins.int
     DETACHES_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    TRACED_GENERATIONS_FIELD_NUMBER: _builtins.int
     acknowledged: _builtins.int
     """Highest ReadResponse.sequence that was taken in."""
     @_builtins.property
@@ -1064,16 +1065,21 @@ class ReadRequest(_message.Message):
     def detaches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Readers that left."""
 
+    @_builtins.property
+    def traced_generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Generations whose steps shall be handed to the collector of spans, as far as the shards remember them."""
+
     def __init__(
         self,
         *,
         attaches: _abc.Iterable[Global___Attach] | None = ...,
         detaches: _abc.Iterable[_builtins.int] | None = ...,
         acknowledged: _builtins.int = ...,
+        traced_generations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "attaches", b"attaches", "detaches", b"detaches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "attaches", b"attaches", "detaches", b"detaches", "traced_generations", b"traced_generations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1205,12 +1211,13 @@ class TokenBatch(_message.Message):
     HELD_BYTES_FIELD_NUMBER: _builtins.int
     RUNNING_HASHES_FIELD_NUMBER: _builtins.int
     DURABLE_COUNTS_FIELD_NUMBER: _builtins.int
-    SHARD_DEPARTURES_NS_FIELD_NUMBER: _builtins.int
-    ARRIVALS_NS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_COUNTS_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    MOMENT_NUMBERS_FIELD_NUMBER: _builtins.int
+    FIRSTS_FIELD_NUMBER: _builtins.int
     running_hashes: _builtins.bytes
     """Running hash after each entry, 8 bytes each, one after the other."""
     @_builtins.property
@@ -1242,14 +1249,6 @@ class TokenBatch(_message.Message):
         """Acknowledged tokens of each entry's choice."""
 
     @_builtins.property
-    def shard_departures_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each token: when it left the shard's engine, on the shard's monotonic clock in nanoseconds."""
-
-    @_builtins.property
-    def arrivals_ns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each token: when it arrived here, on this process's monotonic clock in nanoseconds."""
-
-    @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Raw log-probabilities of all tokens; empty when nobody asked, else NaN where not asked."""
 
@@ -1265,6 +1264,18 @@ class TokenBatch(_message.Message):
     def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Their raw log-probabilities."""
 
+    @_builtins.property
+    def moments(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenMoments]:
+        """The ways of these tokens, each written once; empty when nobody looks."""
+
+    @_builtins.property
+    def moment_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each token: its way, counted from 1; 0 where it is not known. Empty when there is but one and all came by it."""
+
+    @_builtins.property
+    def firsts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FirstMoments]:
+        """The ways to those of these tokens that are the first of their choice."""
+
     def __init__(
         self,
         *,
@@ -1276,20 +1287,145 @@ class TokenBatch(_message.Message):
         held_bytes: _abc.Iterable[_builtins.int] | None = ...,
         running_hashes: _builtins.bytes = ...,
         durable_counts: _abc.Iterable[_builtins.int] | None = ...,
-        shard_departures_ns: _abc.Iterable[_builtins.int] | None = ...,
-        arrivals_ns: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
         top_counts: _abc.Iterable[_builtins.int] | None = ...,
         top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        moments: _abc.Iterable[Global___TokenMoments] | None = ...,
+        moment_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        firsts: _abc.Iterable[Global___FirstMoments] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrivals_ns", b"arrivals_ns", "choices", b"choices", "durable_counts", b"durable_counts", "first_offsets", b"first_offsets", "held_bytes", b"held_bytes", "lengths", b"lengths", "logprobs", b"logprobs", "readers", b"readers", "running_hashes", b"running_hashes", "shard_departures_ns", b"shard_departures_ns", "token_ids", b"token_ids", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "durable_counts", b"durable_counts", "first_offsets", b"first_offsets", "firsts", b"firsts", "held_bytes", b"held_bytes", "lengths", b"lengths", "logprobs", b"logprobs", "moment_numbers", b"moment_numbers", "moments", b"moments", "readers", b"readers", "running_hashes", b"running_hashes", "token_ids", b"token_ids", "top_counts", b"top_counts", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenBatch: _TypeAlias = TokenBatch  # noqa: Y015
+
+@_typing.final
+class FirstMoments(_message.Message):
+    """The way of a generation to the first token of a choice, in nanoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    OPENED_NS_FIELD_NUMBER: _builtins.int
+    CLAIMED_NS_FIELD_NUMBER: _builtins.int
+    PLACED_NS_FIELD_NUMBER: _builtins.int
+    ADMITTED_NS_FIELD_NUMBER: _builtins.int
+    STARTED_NS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The place of the token in `token_ids`."""
+    opened_ns: _builtins.int
+    """When the call that opened the generation arrived here, on this process's monotonic clock, as the two next."""
+    claimed_ns: _builtins.int
+    """When the session store had it."""
+    placed_ns: _builtins.int
+    """When it was given to a shard."""
+    admitted_ns: _builtins.int
+    """When it arrived at the shard, on the shard's monotonic clock, as the next."""
+    started_ns: _builtins.int
+    """When the first step that computed some of its prompt began."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        opened_ns: _builtins.int = ...,
+        claimed_ns: _builtins.int = ...,
+        placed_ns: _builtins.int = ...,
+        admitted_ns: _builtins.int = ...,
+        started_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_ns", b"admitted_ns", "claimed_ns", b"claimed_ns", "index", b"index", "opened_ns", b"opened_ns", "placed_ns", b"placed_ns", "started_ns", b"started_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirstMoments: _TypeAlias = FirstMoments  # noqa: Y015
+
+@_typing.final
+class TokenMoments(_message.Message):
+    """The way of tokens that were drawn together and shown together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    VISIBLE_NS_FIELD_NUMBER: _builtins.int
+    visible_ns: _builtins.int
+    """When their readers could see them, on this process's monotonic clock in nanoseconds."""
+    @_builtins.property
+    def step(self) -> Global___StepMoments:
+        """The step that drew them; not set where it is not known."""
+
+    def __init__(
+        self,
+        *,
+        step: Global___StepMoments | None = ...,
+        visible_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "visible_ns", b"visible_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenMoments: _TypeAlias = TokenMoments  # noqa: Y015
+
+@_typing.final
+class StepMoments(_message.Message):
+    """When a step of a shard did what, in nanoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    STARTED_NS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_NS_FIELD_NUMBER: _builtins.int
+    FORWARD_NS_FIELD_NUMBER: _builtins.int
+    SAMPLE_NS_FIELD_NUMBER: _builtins.int
+    DEPARTED_NS_FIELD_NUMBER: _builtins.int
+    SENT_NS_FIELD_NUMBER: _builtins.int
+    ARRIVED_NS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    shard: _builtins.str
+    """Process id of the shard, which names its clock: moments of two of them cannot be compared."""
+    started_ns: _builtins.int
+    """When the step began, on the shard's clock."""
+    schedule_ns: _builtins.int
+    """Choosing the batch."""
+    forward_ns: _builtins.int
+    """The forward pass."""
+    sample_ns: _builtins.int
+    """Filters and draw."""
+    departed_ns: _builtins.int
+    """When the tokens left the engine, on the shard's clock."""
+    sent_ns: _builtins.int
+    """When the message with them left the shard, on its clock."""
+    arrived_ns: _builtins.int
+    """When it arrived here, on this process's monotonic clock."""
+    number: _builtins.int
+    """Counts the shard's steps."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.str = ...,
+        started_ns: _builtins.int = ...,
+        schedule_ns: _builtins.int = ...,
+        forward_ns: _builtins.int = ...,
+        sample_ns: _builtins.int = ...,
+        departed_ns: _builtins.int = ...,
+        sent_ns: _builtins.int = ...,
+        arrived_ns: _builtins.int = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_ns", b"arrived_ns", "departed_ns", b"departed_ns", "forward_ns", b"forward_ns", "number", b"number", "sample_ns", b"sample_ns", "schedule_ns", b"schedule_ns", "sent_ns", b"sent_ns", "shard", b"shard", "started_ns", b"started_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepMoments: _TypeAlias = StepMoments  # noqa: Y015
 
 @_typing.final
 class ReaderFinished(_message.Message):

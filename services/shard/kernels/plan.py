@@ -6,14 +6,15 @@ longest context of the batch. The items of a group are laid out by rank: rank 0 
 rank 1 the page before it, and so on. Tiles are sorted by their number of pages, hence the tiles that have a page of
 some rank are the first ones, and adding up the pages of all tiles is one addition per rank over contiguous slices.
 A query's pages are added in the order from its own back to the first, whatever else is in the tile or the batch; a
-page that lies behind a query adds exact zeros (R23).
+page that lies behind a query adds exact zeros, and so does one that lies before its window (R23). Hence tiles leave out
+the pages that lie before the windows of all of their queries, which changes no bit.
 
 Knows block tables and counts; nothing of models or kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,11 +37,13 @@ class Tiling(NamedTuple):
         rows: row tiles of linear layers, largest first; each divides the one before it.
         queries: query tiles of attention, largest first.
         items: items of attention that are computed in one round; a single tile may have more.
+        launch: pages whose products are always computed together, filled up with zeros; 0 takes as many as there are.
     """
 
     rows: tuple[int, ...] = (32,)
     queries: tuple[int, ...] = (16,)
     items: int = 128
+    launch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ class TileGroup:
         blocks: int64 [N], block of each item's page.
         item_tiles: int64 [N], tile of each item.
         tile_items: int64 [T * ranks], items of each tile; a tile with fewer pages repeats its last one.
-        hidden: bool [M, 1, Q, 1, block_size], keys that lie behind the query; beyond the first M items there are none.
+        hidden: bool [M, 1, Q, 1, block_size], keys that lie behind the query or before its window; beyond the first M
+            items there are none. Where all queries of a tile are the same, [M, 1, 1, 1, block_size].
     """
 
     tiles: int
@@ -69,6 +73,19 @@ class TileGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How attention is computed with one window.
+
+    Attributes:
+        groups: the query tiles.
+        output_rows: int64 [P], where each row's query lies in the concatenated tiles of all groups.
+    """
+
+    groups: list[TileGroup]
+    output_rows: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """Index tensors of one step.
 
@@ -78,8 +95,7 @@ class StepPlan:
         positions: int64 [P].
         blocks: int64 [R], block that takes the row's key and value.
         slots: int64 [R], place in that block.
-        groups: the query tiles.
-        output_rows: int64 [P], where each row's query lies in the concatenated tiles of all groups.
+        layouts: of attention, by window.
         drawn_rows: int64, rows whose logits are wanted, padded like P.
         drawn_count: how many of them there are.
     """
@@ -89,10 +105,26 @@ class StepPlan:
     positions: Tensor
     blocks: Tensor
     slots: Tensor
-    groups: list[TileGroup]
-    output_rows: Tensor
+    layouts: dict[int | None, Layout]
     drawn_rows: Tensor
     drawn_count: int
+
+
+class _Pages(NamedTuple):
+    """Where keys lie: the block tables of all sequences, one behind the other, and where each begins; the position of
+    each row; and the positions of a page."""
+
+    tables: Integers
+    table_offsets: Integers
+    positions: Integers
+    size: int
+
+    def of_tiles(self, first_rows: Integers, last_rows: Integers, window: int | None) -> tuple[Integers, Integers]:
+        """The last page of each tile and how many there are back to the first that a query sees."""
+        last = self.positions[last_rows] // self.size
+        if window is None:
+            return last, last + 1
+        return last, last + 1 - np.maximum(self.positions[first_rows] - window + 1, 0) // self.size
 
 
 class _Tiles(NamedTuple):
@@ -103,13 +135,14 @@ class _Tiles(NamedTuple):
     sizes: Integers
 
 
-def plan_step(batch: Batch, block_size: int, tiling: Tiling) -> StepPlan:
+def plan_step(batch: Batch, block_size: int, tiling: Tiling, windows: Sequence[int | None] = (None,)) -> StepPlan:
     """Lays out a batch.
 
     Args:
         batch: at least one chunk, each with at least one token and a table that covers all of its positions.
         block_size: positions per block.
         tiling: sizes to cut into.
+        windows: of the model's layers, each once.
     """
     chunks = batch.chunks
     lengths = np.array([len(chunk.token_ids) for chunk in chunks])
@@ -119,30 +152,32 @@ def plan_step(batch: Batch, block_size: int, tiling: Tiling) -> StepPlan:
     row_offsets, row_count = _offsets(lengths), int(lengths.sum())
 
     positions = np.arange(row_count) + np.repeat(starts - row_offsets, lengths)
-    blocks = tables[np.repeat(table_offsets, lengths) + positions // block_size]
+    pages = _Pages(tables, table_offsets, positions, block_size)
     token_ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, row_count)
-
-    output_rows = np.zeros(_padded(row_count, tiling), np.int64)
-    groups, first_slot = [], 0
-    for queries, tiles in _cut(lengths, row_offsets, tiling.queries):
-        for sequences, first_rows, sizes in _split(tiles, positions, block_size, tiling.items):
-            rows = first_rows[:, None] + np.minimum(np.arange(queries), sizes[:, None] - 1)
-            output_rows[rows] = first_slot + np.arange(rows.size).reshape(rows.shape)
-            first_slot += rows.size
-            groups.append(_group(rows, positions, tables, table_offsets[sequences], block_size))
-
+    tiles = list(_cut(lengths, row_offsets, tiling.queries))
     drawn_rows = (row_offsets + lengths - 1)[[chunk.draws for chunk in chunks]]
     return StepPlan(
         row_count=row_count,
-        token_ids=_pad(token_ids, tiling),
-        positions=_pad(positions, tiling),
-        blocks=torch.from_numpy(blocks),
+        token_ids=pad_rows(token_ids, tiling),
+        positions=pad_rows(positions, tiling),
+        blocks=torch.from_numpy(tables[np.repeat(table_offsets, lengths) + positions // block_size]),
         slots=torch.from_numpy(positions % block_size),
-        groups=groups,
-        output_rows=torch.from_numpy(output_rows),
-        drawn_rows=_pad(drawn_rows, tiling),
+        layouts={window: _lay_out(tiles, pages, window, tiling) for window in windows},
+        drawn_rows=pad_rows(drawn_rows, tiling),
         drawn_count=len(drawn_rows),
     )
+
+
+def _lay_out(tiles: list[tuple[int, _Tiles]], pages: _Pages, window: int | None, tiling: Tiling) -> Layout:
+    output_rows = np.zeros(padded_count(len(pages.positions), tiling), np.int64)
+    groups, first_slot = [], 0
+    for queries, of_size in tiles:
+        for part in _split(of_size, pages, window, tiling.items):
+            rows = part.first_rows[:, None] + np.minimum(np.arange(queries), part.sizes[:, None] - 1)
+            output_rows[rows] = first_slot + np.arange(rows.size).reshape(rows.shape)
+            first_slot += rows.size
+            groups.append(_group(rows, part.sequences, pages, window))
+    return Layout(groups, torch.from_numpy(output_rows))
 
 
 def _cut(lengths: Integers, row_offsets: Integers, sizes: tuple[int, ...]) -> Iterator[tuple[int, _Tiles]]:
@@ -159,49 +194,48 @@ def _cut(lengths: Integers, row_offsets: Integers, sizes: tuple[int, ...]) -> It
         yield small, _Tiles(sequences, (row_offsets + full * large)[sequences], rest[sequences])
 
 
-def _split(tiles: _Tiles, positions: Integers, block_size: int, items: int) -> Iterator[_Tiles]:
+def _split(tiles: _Tiles, pages: _Pages, window: int | None, items: int) -> Iterator[_Tiles]:
     """Sorts tiles by their number of pages, most first, and splits them where enough items have come together."""
-    pages = positions[tiles.first_rows + tiles.sizes - 1] // block_size + 1
-    order = np.argsort(-pages, kind="stable")
-    before = np.cumsum(pages[order]) - pages[order]
+    _, counts = pages.of_tiles(tiles.first_rows, tiles.first_rows + tiles.sizes - 1, window)
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
     (bounds,) = np.nonzero(np.diff(before // items, prepend=-1, append=-1))
     for first, last in pairwise(bounds.tolist()):
         part = order[first:last]
         yield _Tiles(*(column[part] for column in tiles))
 
 
-def _group(
-    rows: Integers, positions: Integers, tables: Integers, table_offsets: Integers, block_size: int
-) -> TileGroup:
+def _group(rows: Integers, sequences: Integers, pages: _Pages, window: int | None) -> TileGroup:
     """Lays out the items of tiles that are sorted by their number of pages.
 
     Args:
         rows: [T, Q].
-        positions: of all rows.
-        tables: the block tables of all sequences, one behind the other.
-        table_offsets: [T], where the table of each tile's sequence begins.
-        block_size: positions per block.
+        sequences: [T], whose tile each is.
+        pages: of all sequences.
+        window: of the queries.
     """
     tiles, queries = rows.shape
-    pages = positions[rows[:, -1]] // block_size + 1
-    ranks = np.arange(pages[0])
-    rank_sizes = tiles - np.searchsorted(pages[::-1], ranks, side="right")
+    last_pages, counts = pages.of_tiles(rows[:, 0], rows[:, -1], window)
+    ranks = np.arange(counts[0])
+    rank_sizes = tiles - np.searchsorted(counts[::-1], ranks, side="right")
     rank_offsets = _offsets(rank_sizes)
     item_ranks = np.repeat(ranks, rank_sizes)
     item_tiles = np.arange(len(item_ranks)) - rank_offsets[item_ranks]
-    item_pages = pages[item_tiles] - 1 - item_ranks
-    last_ranks = np.minimum(ranks, pages[:, None] - 1)
+    item_pages = last_pages[item_tiles] - item_ranks
+    last_ranks = np.minimum(ranks, counts[:, None] - 1)
 
-    # The queries of a tile lie on so many pages at most; on every page before these all keys are seen.
-    partial = rank_sizes[: 1 + -(-(queries - 1) // block_size)].sum()
-    keys = item_pages[:partial, None, None] * block_size + np.arange(block_size)
-    hidden = keys > positions[rows[item_tiles[:partial]]][:, :, None]
+    # The queries of a tile lie on so many pages at most; on every page before these all keys are seen. A window may
+    # begin on any page.
+    partial = rank_sizes[: 1 + -(-(queries - 1) // pages.size)].sum() if window is None else len(item_ranks)
+    keys = item_pages[:partial, None, None] * pages.size + np.arange(pages.size)
+    at = pages.positions[rows[item_tiles[:partial]]][:, :, None]
+    hidden = keys > at if window is None else (keys > at) | (keys <= at - window)
     return TileGroup(
         tiles=tiles,
         queries=queries,
         rank_sizes=rank_sizes.tolist(),
         rows=torch.from_numpy(rows[item_tiles].reshape(-1)),
-        blocks=torch.from_numpy(tables[table_offsets[item_tiles] + item_pages]),
+        blocks=torch.from_numpy(pages.tables[pages.table_offsets[sequences[item_tiles]] + item_pages]),
         item_tiles=torch.from_numpy(item_tiles),
         tile_items=torch.from_numpy((rank_offsets[last_ranks] + np.arange(tiles)[:, None]).reshape(-1)),
         hidden=torch.from_numpy(hidden[:, None, :, None, :]),
@@ -213,13 +247,14 @@ def _offsets(sizes: Integers) -> Integers:
     return np.cumsum(sizes) - sizes
 
 
-def _padded(count: int, tiling: Tiling) -> int:
+def padded_count(count: int, tiling: Tiling) -> int:
+    """Rows of whole row tiles that hold so many."""
     smallest = tiling.rows[-1]
     return -(-count // smallest) * smallest
 
 
-def _pad(values: Integers, tiling: Tiling) -> Tensor:
+def pad_rows(values: Integers, tiling: Tiling) -> Tensor:
     """Fills up with zeros to whole row tiles."""
-    padded = np.zeros(_padded(len(values), tiling), np.int64)
+    padded = np.zeros(padded_count(len(values), tiling), np.int64)
     padded[: len(values)] = values
     return torch.from_numpy(padded)

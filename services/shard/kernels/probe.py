@@ -21,6 +21,8 @@ STANDARD_QUERIES = 16
 _OTHER_ROWS = (128, 8, 4)
 _SMALL_QUERIES = (1, 2, 4, 8)
 _PAGES = 12
+_CUDA_ROWS, _CUDA_ITEMS, _CUDA_LAUNCH = 64, 1024, 512
+"""There every call costs as much as a large tile, so that there is one size for all and nothing to find out."""
 _ROUND_BYTES = 8 << 20
 """What one round of attention may take. Less costs calls; more brought nothing, and with long contexts takes memory."""
 
@@ -37,6 +39,8 @@ def find_tiling(weights: Iterable[Tensor], *, kv_heads: int, group: int, head_si
     """
     generator = torch.Generator().manual_seed(0)
     shapes = {tuple(weight.shape): weight for weight in weights}
+    if any(weight.is_cuda for weight in shapes.values()):
+        return Tiling(rows=(_CUDA_ROWS,), queries=(STANDARD_QUERIES,), items=_CUDA_ITEMS, launch=_CUDA_LAUNCH)
     others = [size for size in _OTHER_ROWS if all(_rows_agree(weight, size, generator) for weight in shapes.values())]
     small = next((size for size in _SMALL_QUERIES if _queries_agree(size * group, group, head_size, block_size)), None)
     item_bytes = 4 * kv_heads * block_size * (2 * head_size + STANDARD_QUERIES * group)  # pages and scores

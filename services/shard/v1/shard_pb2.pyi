@@ -203,6 +203,7 @@ class Admit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Names this admission; unique on the link. Every result echoes it."""
     generation_id: _builtins.str
@@ -231,6 +232,8 @@ class Admit(_message.Message):
     """Return the raw log-probability of each token."""
     top_logprobs: _builtins.int
     """Return this many most probable tokens."""
+    trace_context: _builtins.bytes
+    """The span of this admission: 16 bytes trace id, 8 bytes span id, 1 byte flags. May be empty."""
     @_builtins.property
     def sampling(self) -> Global___SamplingProgram:
         """How to choose."""
@@ -258,10 +261,11 @@ class Admit(_message.Message):
         priority: _builtins.int = ...,
         logprobs: _builtins.bool = ...,
         top_logprobs: _builtins.int = ...,
+        trace_context: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fork_of", b"_fork_of", "fork_of", b"fork_of", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fork_of", b"_fork_of", "attempt", b"attempt", "choice", b"choice", "epoch", b"epoch", "fork_of", b"fork_of", "generation_id", b"generation_id", "grant", b"grant", "logprobs", b"logprobs", "max_count", b"max_count", "min_tokens", b"min_tokens", "output_start", b"output_start", "priority", b"priority", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fork_of", b"_fork_of", "attempt", b"attempt", "choice", b"choice", "epoch", b"epoch", "fork_of", b"fork_of", "generation_id", b"generation_id", "grant", b"grant", "logprobs", b"logprobs", "max_count", b"max_count", "min_tokens", b"min_tokens", "output_start", b"output_start", "priority", b"priority", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fork_of: _TypeAlias = _typing.Literal["fork_of"]  # noqa: Y015
     _WhichOneofArgType__fork_of: _TypeAlias = _typing.Literal["_fork_of", b"_fork_of"]  # noqa: Y015
@@ -308,6 +312,7 @@ class LinkRequest(_message.Message):
     ADMITS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
     RELEASES_FIELD_NUMBER: _builtins.int
+    TRACED_GENERATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Admit]:
         """Applied first."""
@@ -320,16 +325,21 @@ class LinkRequest(_message.Message):
     def releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Admissions to end, applied last. Their blocks stay as prefix cache."""
 
+    @_builtins.property
+    def traced_generations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Generations whose steps shall be handed to the collector of spans, as far as they are remembered."""
+
     def __init__(
         self,
         *,
         admits: _abc.Iterable[Global___Admit] | None = ...,
         grants: Global___Grants | None = ...,
         releases: _abc.Iterable[_builtins.int] | None = ...,
+        traced_generations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admits", b"admits", "grants", b"grants", "releases", b"releases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admits", b"admits", "grants", b"grants", "releases", b"releases", "traced_generations", b"traced_generations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -343,19 +353,27 @@ class Admitted(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    ARRIVED_NS_FIELD_NUMBER: _builtins.int
+    STARTED_NS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """The admission."""
     cached_tokens: _builtins.int
     """Tokens found in the prefix cache, or shared with the sibling."""
+    arrived_ns: _builtins.int
+    """When the admission arrived, on the shard's monotonic clock in nanoseconds."""
+    started_ns: _builtins.int
+    """When the first step that computed some of it began, on the same clock."""
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        arrived_ns: _builtins.int = ...,
+        started_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_tokens", b"cached_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_ns", b"arrived_ns", "attempt", b"attempt", "cached_tokens", b"cached_tokens", "started_ns", b"started_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,8 +560,11 @@ class LinkResponse(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    DEPARTED_NS_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """The shard is about to leave: move the sequences."""
+    departed_ns: _builtins.int
+    """When this message left, on the shard's monotonic clock in nanoseconds."""
     @_builtins.property
     def admitted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Admitted]:
         """Admissions that got their blocks."""
@@ -568,10 +589,11 @@ class LinkResponse(_message.Message):
         ended: _abc.Iterable[Global___Ended] | None = ...,
         load: Global___Load | None = ...,
         draining: _builtins.bool = ...,
+        departed_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "draining", b"draining", "ended", b"ended", "load", b"load", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "departed_ns", b"departed_ns", "draining", b"draining", "ended", b"ended", "load", b"load", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

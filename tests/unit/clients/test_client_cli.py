@@ -292,14 +292,12 @@ async def test_sessions() -> None:
     assert described.lines[0]["generations"][0]["output_tokens"] == [5]
 
 
-async def test_timings_fall_back_to_what_is_measured_here() -> None:
+async def test_timings_are_asked_for_and_what_is_measured_here_is_told() -> None:
     async with FakeServer(Log.of(TEXT)) as server:
-        server.script.append(refused(server_errors.NotYetSupported("generation.output.timings is not supported yet")))
         result = await run("generate", "x", "--timings", server=server.address)
     assert (result.status, result.output) == (0, TEXT + " \n")
-    first, second = server.requests("StreamGenerate")
-    assert first.generation.output.timings
-    assert not second.generation.output.timings
+    (request,) = server.requests("StreamGenerate")
+    assert request.generation.output.timings
     assert "first token after" in result.errors
     assert "5 tokens in" in result.errors
 

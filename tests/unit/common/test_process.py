@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 SERVER = """
 import asyncio, sys, time
-from services.common import process, rpc
+from services.common import logs, process, rpc
 
 async def leave():
     print("draining", flush=True)
@@ -32,7 +32,7 @@ async def main():
     await process.run(server, serving, host, on_stop=leave, grace=0.5)
     print("after", flush=True)
 
-process.configure_logging("example")
+logs.configure_logging("example")
 asyncio.run(main())
 """
 

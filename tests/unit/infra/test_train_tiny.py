@@ -17,7 +17,7 @@ from services.common.vocabulary import Vocabulary
 from services.shard.kernels.dense import DenseOperations
 from services.shard.runner import Runner
 from services.shard.scheduler import Batch, Chunk
-from services.shard.weights import load_config, load_model
+from services.shard.weights import load_architecture, load_model
 
 BUILT_IN = tokenizer.FOLDER
 
@@ -178,20 +178,20 @@ def test_the_curve_is_a_picture(quick_run: Path) -> None:
 def test_transformers_and_the_serving_code_agree(which: str, quick_run: Path) -> None:
     folder = quick_run / "model" if which == "quick" else BUILT_IN
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = load_model(folder)
-    token_ids = torch.randint(model.config.vocabulary_size, (150,), generator=torch.Generator().manual_seed(1))
+    model = load_model(folder, "float32")
+    token_ids = torch.randint(model.architecture.vocabulary_size, (150,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(token_ids[None]).logits[0]
         operations = DenseOperations()
         dense = model.logits(model(token_ids, torch.arange(len(token_ids)), operations), operations)
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4)
-    runner = Runner(folder, block_size=64, kv_memory=1 << 22, threads=1)
-    served = runner.forward(Batch([Chunk(0, token_ids.tolist(), [0, 1, 2], draws=True)], []))
+    runner = Runner(folder, block_size=64, kv_memory=1 << 22, threads=1, dtype="float32")
+    served = runner.forward(Batch([Chunk(0, token_ids.tolist(), [0, 1, 2], draws=True)], [])).values
     torch.testing.assert_close(served[0], expected[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_the_built_in_folder_is_small_and_whole() -> None:
-    config = load_config(BUILT_IN)
+    config = load_architecture(BUILT_IN)
     assert config.context_length >= 1024
     assert (BUILT_IN / "model.safetensors").stat().st_size <= 12e6
     assert sum(parameter.numel() for parameter in load_model(BUILT_IN).parameters()) <= 5_000_000

@@ -31,9 +31,11 @@ def test_every_service_is_a_deployment_of_as_many_replicas_as_asked_for() -> Non
 
 
 def test_settings_come_from_the_environment_and_the_system_knows_better() -> None:
-    told = arguments({"FERMATA_BLOCK_SIZE": "32", "FERMATA_PUBLIC_PORT": "1", "FERMATA_REDIS_URL": "no"}, threads=2)
+    told = arguments(
+        {"FERMATA_BLOCK_SIZE": "32", "FERMATA_PUBLIC_PORT": "1", "FERMATA_REDIS_URL": "no"}, threads=2, dtype="int8"
+    )
     assert told["shard"]["block_size"] == 32
-    assert told["shard"]["threads"] == 2
+    assert (told["shard"]["threads"], told["shard"]["dtype"]) == (2, "int8")
     assert told["tokenizer"]["public_port"] == 7433
     assert told["orchestrator"]["redis_url"] == "unix:///x.sock"
     assert not {"port", "ready_fd", "shards"} & {*told["orchestrator"], *told["shard"]}

@@ -21,7 +21,7 @@ STARTING, RUNNING, DEAD = ProcessState.STARTING, ProcessState.RUNNING, ProcessSt
 
 TELL = "import os, sys, time; tell = lambda text: os.write(int(sys.argv[-1].partition('=')[2]), text.encode());"
 STAYS = TELL + "tell('1 2\\n'); time.sleep(60)"
-ENDS = TELL + "tell('1 2\\n'); sys.exit(3)"
+ENDS = TELL + "tell('1 2\\n'); time.sleep(0.3); sys.exit(3)"
 FAILS = "import os, sys; print('attempt', os.getpid()); sys.exit('no model')"
 HANGS_UP = TELL + "os.close(int(sys.argv[-1].partition('=')[2])); time.sleep(60)"
 TELLS_OTHERS = TELL + "tell('1 3\\n'); time.sleep(60)"

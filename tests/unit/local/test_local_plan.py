@@ -33,9 +33,9 @@ def settings_of(programs: list[Program], service: str, kind: type[Config]) -> li
 
 
 def test_each_is_told_of_those_behind_it() -> None:
-    programs = planned(model="/m", host="0.0.0.0", threads=2)
+    programs = planned(model="/m", host="0.0.0.0", threads=2, dtype="int8", device="cuda:1")
     shards = settings_of(programs, "shard", ShardConfig)
-    assert shards == [ShardConfig(model="/m", port=port, threads=2) for port in (11, 12)]
+    assert shards == [ShardConfig(model="/m", port=port, threads=2, dtype="int8", device="cuda:1") for port in (11, 12)]
     orchestrators = settings_of(programs, "orchestrator", OrchestratorConfig)
     assert orchestrators == [
         OrchestratorConfig(model="/m", port=port, shards=SHARDS, redis_url="unix:///x.sock") for port in (21, 22)

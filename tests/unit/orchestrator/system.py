@@ -20,12 +20,11 @@ from services.common.directory import StaticDirectory
 from services.common.errors import FermataError
 from services.common.types import pack_ids
 from services.config import OrchestratorConfig
+from services.orchestrator import serving
 from services.orchestrator.service import OrchestratorService
-from services.orchestrator.serving import build
 from services.orchestrator.v1 import orchestrator_pb2 as pb
 from services.orchestrator.v1.orchestrator_pb2_grpc import (
     OrchestratorServiceStub,
-    add_OrchestratorServiceServicer_to_server,
 )
 
 if TYPE_CHECKING:
@@ -61,9 +60,8 @@ def write_vocabulary(folder: Path) -> None:
 class Orchestrator:
     """One orchestrator with its server."""
 
-    service: OrchestratorService
+    running: serving.Orchestrator
     address: str
-    server: aio.Server
     group: asyncio.TaskGroup
     channel: aio.Channel = field(init=False)
 
@@ -71,13 +69,17 @@ class Orchestrator:
         self.channel = rpc.inside_channel(self.address)
 
     @property
+    def service(self) -> OrchestratorService:
+        return self.running.service
+
+    @property
     def stub(self) -> OrchestratorServiceAsyncStub:
         return OrchestratorServiceStub(self.channel)
 
     async def drop(self) -> None:
         """Goes away without grace: what was not written is lost, readers see a broken stream."""
-        await self.service.stop()
-        await self.server.stop(None)
+        await self.running.close()
+        await self.running.server.stop(None)
         await self.channel.close()
 
 
@@ -103,13 +105,10 @@ class Starter:
     async def start(self, folder: Path, redis_url: str, shards: Sequence[str], **settings: float) -> Orchestrator:
         """One orchestrator; `settings` are fields of its configuration."""
         config = OrchestratorConfig(model=str(folder), redis_url=redis_url, **settings)  # type: ignore[arg-type]
-        server = rpc.inside_server()
-        port = rpc.bind(server, config.host, 0)
-        service = build(config, port, StaticDirectory(shards))
-        add_OrchestratorServiceServicer_to_server(service, server)
-        await service.start(self._group)
-        await server.start()
-        orchestrator = Orchestrator(service, f"{config.host}:{port}", server, self._group)
+        running = serving.Orchestrator(config, StaticDirectory(shards))
+        await running.service.start(self._group)
+        await running.server.start()
+        orchestrator = Orchestrator(running, f"{config.host}:{running.port}", self._group)
         self.running.append(orchestrator)
         return orchestrator
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import reduce
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from services.common.sampling import Drawn, Row
 from services.common.types import SamplingProgram
 from services.shard.blocks import BlockPool
+from services.shard.kernels.interface import Logits
 from services.shard.outcome import Outcome
 from services.shard.scheduler import Batch, Scheduler
 from services.shard.sequence import Admission
@@ -36,20 +39,23 @@ def cells_of(token_ids: Iterable[int], before: int = 0) -> list[int]:
 
 def logits_of(cells: Iterable[int]) -> NDArray[np.float32]:
     """Logits [VOCABULARY] that depend on every cell, as attention does."""
-    state = 1
-    for cell in cells:
-        state = _mix(state, cell)
+    return _logits(reduce(_mix, cells, 1))
+
+
+def _logits(state: int) -> NDArray[np.float32]:
     return np.array([(_mix(state, token_id) >> 40) / (1 << 22) for token_id in range(VOCABULARY)], np.float32)
 
 
 def alone(prompt: list[int], count: int, stops: Iterable[int] = ()) -> list[int]:
     """The tokens that a greedy sequence gets when nobody else is there."""
-    token_ids = list(prompt)
-    for _ in range(count):
-        token_ids.append(int(np.argmax(logits_of(cells_of(token_ids)))))
-        if token_ids[-1] in stops:
-            break
-    return token_ids[len(prompt) :]
+    outputs: list[int] = []
+    cells = cells_of(prompt)
+    cell, state = cells[-1], reduce(_mix, cells, 1)
+    while len(outputs) < count and not (outputs and outputs[-1] in stops):
+        outputs.append(int(np.argmax(_logits(state))))
+        cell = _mix(cell, outputs[-1])
+        state = _mix(state, cell)
+    return outputs
 
 
 class FakeRunner:
@@ -67,10 +73,11 @@ class FakeRunner:
         self.pool = [[-1] * block_size for _ in range(block_count)]
         self.batches: list[Batch] = []
 
-    def forward(self, batch: Batch) -> NDArray[np.float32]:
+    def forward(self, batch: Batch) -> Logits:
         assert batch.chunks, "an empty batch was computed"
         self.batches.append(batch)
-        time.sleep(self.delay)
+        if self.delay:
+            time.sleep(self.delay)
         sources, targets = [pair[0] for pair in batch.copies], [pair[1] for pair in batch.copies]
         assert len(set(targets)) == len(targets) and not set(targets) & set(sources), batch.copies
         for source, target in batch.copies:
@@ -87,7 +94,7 @@ class FakeRunner:
             if chunk.draws:
                 logits = logits_of(past + new)
                 rows.append(np.full_like(logits, np.nan) if chunk.token_ids[-1] == self.poison else logits)
-        return np.stack(rows) if rows else np.zeros((0, VOCABULARY), np.float32)
+        return Logits(torch.from_numpy(np.stack(rows) if rows else np.zeros((0, VOCABULARY), np.float32)))
 
     def _cell(self, table: list[int], position: int) -> int:
         return self.pool[table[position // self.block_size]][position % self.block_size]
@@ -137,9 +144,9 @@ def admission(
     )
 
 
-def greedy(logits: NDArray[np.float32]) -> Drawn:
+def greedy(logits: Logits) -> Drawn:
     """The draw of greedy rows, without the sampling program."""
-    token_ids = [int(np.argmax(row)) if np.isfinite(row).all() else -1 for row in logits]
+    token_ids = [int(np.argmax(row)) if np.isfinite(row).all() else -1 for row in logits.values.numpy()]
     return Drawn(token_ids, [float("nan")] * len(token_ids), [[] for _ in token_ids])
 
 
@@ -148,6 +155,7 @@ def make(
     blocks: int = 16,
     step_tokens: int = 16,
     step_sequences: int = 4,
+    step_time: float = 0.0,
     context: int | None = None,
     prefix_cache: bool = True,
     poison: int | None = None,
@@ -156,6 +164,7 @@ def make(
         BlockPool(blocks, SIZE, prefix_cache=prefix_cache),
         step_tokens=step_tokens,
         step_sequences=step_sequences,
+        step_time=step_time,
         context_length=blocks * SIZE if context is None else context,
     )
     return scheduler, FakeRunner(blocks, SIZE, poison=poison)
@@ -165,11 +174,11 @@ def prompt(length: int, first: int = 0) -> list[int]:
     return [(first + index) % 31 for index in range(length)]
 
 
-def step(scheduler: Scheduler, runner: FakeRunner) -> tuple[Batch, Outcome]:
-    """One turn of the loop, with the books checked after it."""
+def step(scheduler: Scheduler, runner: FakeRunner, seconds: float = 0.0) -> tuple[Batch, Outcome]:
+    """One turn of the loop that is said to have taken so long, with the books checked after it."""
     batch = scheduler.next()
     scheduler.check_integrity()
-    outcome = scheduler.close(batch, greedy(runner.forward(batch)))
+    outcome = scheduler.close(batch, greedy(runner.forward(batch)), seconds)
     scheduler.check_integrity()
     return batch, outcome
 

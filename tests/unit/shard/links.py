@@ -11,6 +11,7 @@ from typing import Any
 from grpc import aio
 
 from services.common import rpc
+from services.common.telemetry import Telemetry, TelemetrySettings
 from services.common.types import Fingerprint, pack_ids
 from services.shard.blocks import BlockPool
 from services.shard.engine import Engine
@@ -109,6 +110,12 @@ class System:
     def link(self) -> Link:
         return Link(self.stub())
 
+    def narrow_link(self) -> Link:
+        """Takes 64 KiB ahead of its reader, where gRPC would find out how much the way can hold."""
+        options = [("grpc.http2.lookahead_bytes", 65535), ("grpc.http2.bdp_probe", 0)]
+        self.channels.append(aio.insecure_channel(self.address, options=options))
+        return Link(shard_pb2_grpc.ShardServiceStub(self.channels[-1]))
+
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[System]:
@@ -117,7 +124,8 @@ async def serving() -> AsyncIterator[System]:
     scheduler = Scheduler(BlockPool(BLOCKS, SIZE), step_tokens=32, step_sequences=8, context_length=CONTEXT)
     fingerprint = Fingerprint(model="fake", weights="w", kernels="k", tokenizer="t")
     description = Description(fingerprint, CONTEXT, VOCABULARY, SIZE, BLOCKS, 32, 8)
-    service = ShardService(Engine(scheduler, runner), description, heartbeat=HEARTBEAT)
+    telemetry = Telemetry("shard", TelemetrySettings())
+    service = ShardService(Engine(scheduler, runner), description, telemetry, "a" * 32, heartbeat=HEARTBEAT)
     server = rpc.inside_server()
     shard_pb2_grpc.add_ShardServiceServicer_to_server(service, server)
     system = System(runner, service, f"127.0.0.1:{rpc.bind(server, '127.0.0.1', 0)}")

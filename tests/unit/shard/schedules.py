@@ -16,17 +16,17 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from services.common import sampling
 from services.common.errors import OwnerChanged
 from services.common.sampling import Row
 from services.shard.blocks import BlockPool
+from services.shard.kernels.interface import Logits
 from services.shard.outcome import Ended, Outcome
 from services.shard.runner import Runner
 from services.shard.scheduler import Batch, Scheduler
 from services.shard.sequence import Admission
-from tests.unit.shard.stories import KV_MEMORY, Library, Story
+from tests.unit.shard.stories import Library, Story
 
 Key: TypeAlias = tuple[int, int]
 """Link and attempt."""
@@ -88,7 +88,7 @@ def play(folder: Path, library: Library, seeds: Sequence[int], threads: int) -> 
     Raises:
         AssertionError: bits, tokens or books are wrong; says where.
     """
-    runner = Runner(folder, block_size=library.block_size, kv_memory=KV_MEMORY, threads=threads)
+    runner = library.setting.runner(folder, threads)
     assert torch.get_num_threads() == threads
     coverage = Coverage()
     for seed in seeds:
@@ -107,17 +107,18 @@ class Schedule:
     """
 
     def __init__(self, seed: int, library: Library, runner: Runner, coverage: Coverage) -> None:
-        self._seed, self._random = seed, random.Random(seed)
+        self._seed, self._random, self._times = seed, random.Random(seed), random.Random(seed)
         self._library, self._runner, self._coverage = library, runner, coverage
         choose = self._random
         generations = choose.choices(library.generations, k=choose.randint(2, 5))
         longest = max(len(each.prompt) + len(library.told[each.name]) for stories in generations for each in stories)
-        least = math.ceil(longest / library.block_size)
+        least = math.ceil(longest / library.setting.block_size)
         blocks = least + choose.choice([0, 0, 1, 2 * least])
         self._scheduler = Scheduler(
-            BlockPool(blocks, library.block_size, prefix_cache=choose.random() < 0.7),
+            BlockPool(blocks, library.setting.block_size, prefix_cache=choose.random() < 0.7),
             step_tokens=choose.choice([11, 16, 33, 64, 128, 256]),
             step_sequences=choose.choice([2, 8, 8]),
+            step_time=self._times.choice([0.0, 0.02]),
             context_length=longest,
         )
         self._attempts = 0
@@ -148,15 +149,18 @@ class Schedule:
         self._coverage.see(batch)
         logits = self._runner.forward(batch)
         self._compare_logits(batch, logits)
-        outcome = self._scheduler.close(batch, sampling.draw(logits, batch.rows))
+        seconds = self._times.lognormvariate(-4, 1)  # made up
+        outcome = self._scheduler.close(batch, sampling.draw(logits.values, batch.rows, best=logits.best), seconds)
         self._scheduler.check_integrity()
         self._compare_tokens(outcome)
 
-    def _compare_logits(self, batch: Batch, logits: Tensor) -> None:
+    def _compare_logits(self, batch: Batch, logits: Logits) -> None:
         drawing = [chunk for chunk in batch.chunks if chunk.draws]
-        for chunk, row, actual in zip(drawing, batch.rows, logits, strict=True):
+        for chunk, row, actual in zip(drawing, batch.rows, logits.values, strict=True):
             story, offset, size = self._story_of(row), len(row.token_ids) - row.output_start, len(chunk.token_ids)
             assert chunk.start + size == len(row.token_ids)
+            if logits.best is not None and not sampling.reads_logits(row):
+                continue  # only the best id was computed
             self._coverage.events["rows"] += 1
             self._coverage.events["prefilled outputs"] += offset > 0 and size > 1
             expected = self._library.told[story.name][offset].logits

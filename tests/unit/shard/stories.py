@@ -88,10 +88,30 @@ class Told(NamedTuple):
     top: list[tuple[int, float]]
 
 
-class Library(NamedTuple):
-    """Stories, and what each of them gives alone, by name, with pages of `block_size`."""
+@dataclass(frozen=True)
+class Setting:
+    """How a model is computed."""
 
+    kernels: str
+    dtype: str
     block_size: int
+
+    def runner(self, folder: Path, threads: int) -> Runner:
+        """A fresh one, with its pool."""
+        return Runner(
+            folder,
+            block_size=self.block_size,
+            kv_memory=KV_MEMORY,
+            threads=threads,
+            dtype=self.dtype,
+            kernels=self.kernels,
+        )
+
+
+class Library(NamedTuple):
+    """Stories, and what each of them gives alone, by name, in one setting."""
+
+    setting: Setting
     generations: list[list[Story]]
     told: dict[str, list[Told]]
 
@@ -123,15 +143,15 @@ def write_stories(seed: int, vocabulary_size: int, block_size: int) -> list[list
     return generations
 
 
-def tell(folder: Path, story: Story, block_size: int) -> list[Told]:
+def tell(folder: Path, story: Story, setting: Setting) -> list[Told]:
     """Tells a story alone: a fresh runner and pool, one thread, a batch of one, and one token in a step."""
-    runner = Runner(folder, block_size=block_size, kv_memory=KV_MEMORY, threads=1)
+    runner, block_size = setting.runner(folder, threads=1), setting.block_size
     alone = story.admission()
     token_ids, told = alone.token_ids, list[Told]()
     for position in range(CONTEXT):
         draws = position == len(token_ids) - 1
         table = list(range(position // block_size + 1))
-        logits = runner.forward(Batch([Chunk(position, [token_ids[position]], table, draws)], []))
+        logits = runner.forward(Batch([Chunk(position, [token_ids[position]], table, draws)], [])).values
         if draws:
             (token_id,), (logprob,), (top,) = sampling.draw(logits, [alone.row])
             told.append(Told(token_id, logits.numpy().tobytes(), logprob, top))

@@ -15,9 +15,12 @@ import pytest
 
 from services.common import failpoints
 from services.common.errors import InvalidLogits, OwnerChanged
+from services.common.sampling import Drawn
 from services.shard.blocks import BlockPool
 from services.shard.engine import FAILED, Commands, Engine, Report
-from services.shard.scheduler import Scheduler
+from services.shard.kernels.interface import Logits
+from services.shard.outcome import Outcome
+from services.shard.scheduler import Batch, Scheduler
 from services.shard.sequence import Admission
 from tests.unit.shard.fakes import FakeRunner, admission, alone
 
@@ -29,8 +32,10 @@ PROMPT = [1, 2, 3, 4, 5]
 class Running:
     """An engine with its reports."""
 
-    def __init__(self, runner: FakeRunner) -> None:
-        scheduler = Scheduler(BlockPool(BLOCKS, SIZE), step_tokens=16, step_sequences=4, context_length=64)
+    def __init__(self, runner: FakeRunner, scheduler: Scheduler | None = None, *, step_sequences: int = 4) -> None:
+        scheduler = scheduler or Scheduler(
+            BlockPool(BLOCKS, SIZE), step_tokens=16, step_sequences=step_sequences, context_length=64
+        )
         self.runner = runner
         self.reports: SimpleQueue[Report] = SimpleQueue()
         self.failures: SimpleQueue[BaseException] = SimpleQueue()
@@ -146,6 +151,46 @@ def test_release_and_lost_links_reach_running_sequences(start: Callable[..., Run
     assert running.until_idle()[-1].load.free_blocks == BLOCKS
 
 
+class GatedRunner(FakeRunner):
+    """Computes a step once it may."""
+
+    def __init__(self) -> None:
+        super().__init__(BLOCKS, SIZE)
+        self.inside, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def forward(self, batch: Batch) -> Logits:
+        self.inside.release()
+        assert self.gate.acquire(timeout=10)
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("victim", [1, 2, 3, 4], ids=["leader", "sibling", "alone", "waiting"])
+def test_what_is_released_while_a_step_runs_is_not_in_the_next_one(victim: int) -> None:
+    runner = GatedRunner()
+    running = Running(runner, step_sequences=3)
+    asked = [admission(PROMPT, attempt=each, generation_id=f"g{each}", max_count=20) for each in (1, 3, 4)]
+    running.admit(asked[0], admission(PROMPT, attempt=2, generation_id="g2", fork_of=1, max_count=20), *asked[1:])
+    for _ in range(3):
+        assert runner.inside.acquire(timeout=10)
+        runner.gate.release()
+        before = running.reports.get(timeout=10).load
+    assert (before.running, before.waiting) == (3, 1)
+    assert runner.inside.acquire(timeout=10)  # the fourth step runs
+    running.engine.submit(Commands(link=1, releases=[victim]))
+    runner.gate.release()
+    running.reports.get(timeout=10)
+    assert runner.inside.acquire(timeout=10)
+    runner.gate.release(1000)
+    after = running.reports.get(timeout=10)
+    assert f"g{victim}" not in after.generations
+    assert set(after.generations) >= {f"g{each}" for each in (1, 2, 3) if each != victim}
+    assert (after.load.running, after.load.waiting) == (3, 0)
+    reports = running.until_idle()
+    assert reports[-1].load.free_blocks == BLOCKS
+    running.engine.stop()
+    assert running.failures.empty()
+
+
 def test_an_older_admission_is_ended_without_a_step(start: Callable[..., Running]) -> None:
     running = start()
     running.admit(admission(PROMPT, attempt=1, generation_id="g", grant=0))
@@ -176,6 +221,42 @@ def test_time_is_accounted_for(start: Callable[..., Running]) -> None:
         assert previous <= each.started
         assert each.started + each.schedule + each.forward + each.sample <= each.departed <= end
         previous = each.departed
+
+
+class DeviceRunner(FakeRunner):
+    """Says what a device took: as many nanoseconds as the batch has chunks, and nothing of the first step."""
+
+    def forward(self, batch: Batch) -> Logits:
+        logits = super().forward(batch)
+        return logits._replace(device_ns=len(batch.chunks)) if len(self.batches) > 1 else logits
+
+
+def test_what_a_device_took_is_told_of_its_step() -> None:
+    running = Running(DeviceRunner(BLOCKS, SIZE))
+    running.admit(admission(PROMPT, attempt=1, max_count=4), admission([9, 8], attempt=2, max_count=3))
+    timings = [report.timings for report in running.until_idle()]
+    running.engine.stop()
+    assert [each.device for each in timings if each is not None] == [None, 2, 2, 1]
+
+
+class TimedScheduler(Scheduler):
+    """Remembers what it was told."""
+
+    def close(self, batch: Batch, drawn: Drawn, seconds: float = 0.0) -> Outcome:
+        self.told = [*getattr(self, "told", []), seconds]
+        return super().close(batch, drawn, seconds)
+
+
+def test_the_scheduler_is_told_how_long_steps_take() -> None:
+    scheduler = TimedScheduler(BlockPool(BLOCKS, SIZE), step_tokens=16, step_sequences=4, context_length=64)
+    running = Running(FakeRunner(BLOCKS, SIZE), scheduler)
+    running.admit(admission(PROMPT, max_count=3))
+    timings = [report.timings for report in running.until_idle()]
+    running.engine.stop()
+    assert len(scheduler.told) == 3
+    for seconds, each in zip(scheduler.told, timings, strict=True):
+        assert each is not None
+        assert seconds == pytest.approx((each.schedule + each.forward + each.sample) / 1e9)
 
 
 def test_stop_ends_the_thread(start: Callable[..., Running]) -> None:

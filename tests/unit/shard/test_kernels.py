@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from services.shard.kernels import probe, tiled
 from services.shard.kernels.dense import DenseOperations
 from services.shard.kernels.plan import Tiling, plan_step
 from services.shard.kv_cache import KeyValueCache
+from services.shard.models.architecture import Activation
 from services.shard.scheduler import Batch, Chunk
 
 COUNTS = [4, 8, 12, 32, 36, 128, 200]
@@ -60,13 +63,35 @@ def test_operations_within_a_row(width: int) -> None:
     assert_rows_stand_alone(lambda part: operations.rms_norm(part, norm, 1e-6), rows)
     torch.testing.assert_close(operations.rms_norm(rows, norm, 1e-6), dense.rms_norm(rows, norm, 1e-6))
     gates = torch.cat([rows, random_rows(256, width, seed=3)], -1)
-    assert_rows_stand_alone(operations.swiglu, gates)
-    torch.testing.assert_close(operations.swiglu(gates), dense.swiglu(gates))
+    for activation in Activation:
+        assert_rows_stand_alone(functools.partial(operations.gate, activation=activation), gates)
+        expected = dense.gate(gates.double(), activation).float()
+        torch.testing.assert_close(operations.gate(gates, activation), expected, atol=1e-5, rtol=2e-6)
+    assert_rows_stand_alone(lambda part: operations.softcap(part.clone(), 5.0), rows)
+    expected = dense.softcap(rows.double(), 5.0).float()
+    torch.testing.assert_close(operations.softcap(rows.clone(), 5.0), expected, atol=2e-6, rtol=2e-6)
 
 
-def test_swiglu_at_the_ends_of_float32() -> None:
-    gates = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 1e30] + [1.0] * 6])
-    torch.testing.assert_close(operations_of(Tiling()).swiglu(gates), functional.silu(gates[:, :6]))
+def test_gates_at_the_ends_of_float32() -> None:
+    ends = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 1e30] + [1.0] * 6])
+    operations = operations_of(Tiling())
+    torch.testing.assert_close(operations.gate(ends, Activation.SILU), functional.silu(ends[:, :6]))
+    expected = functional.gelu(ends[:, :6], approximate="tanh")
+    torch.testing.assert_close(operations.gate(ends, Activation.GELU_TANH), expected)
+
+
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_norms_of_heads(size: int) -> None:
+    """Of a part of each row's heads, as queries and keys are parts of one product."""
+    operations, norm, rows = operations_of(Tiling()), random_rows(size, seed=2), random_rows(256, 5 * size)
+
+    def compute(part: Tensor) -> Tensor:
+        return operations.rms_norm(part.view(-1, 5, size)[:, 1:4], norm, 1e-6)
+
+    assert_rows_stand_alone(compute, rows)
+    heads = rows.view(-1, 5, size)[:, 1:4].double()
+    expected = heads * (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm
+    torch.testing.assert_close(compute(rows), expected.float())
 
 
 @pytest.mark.parametrize("size", [6, 32])
@@ -83,9 +108,16 @@ def test_rotary(size: int) -> None:
     assert_rows_stand_alone(turn, tables)
 
 
-@pytest.mark.parametrize("tiling", [Tiling(queries=(16, 1)), Tiling(queries=(16, 2), items=3), Tiling(queries=(4,))])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_that_of_whole_sequences(tiling: Tiling, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    "tiling",
+    [Tiling(queries=(16, 1)), Tiling(queries=(16, 2), items=3), Tiling(queries=(4,)), Tiling(launch=5)],
+)
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "softcap"), [(1, None, None), (2, None, 2.0), (4, 8, None), (2, 1, None), (2, 21, 3.0)]
+)
+def test_attention_is_that_of_whole_sequences(
+    tiling: Tiling, kv_heads: int, window: int | None, softcap: float | None
+) -> None:
     """Three sequences at once, in several steps, over a pool that is full of what others have left."""
     lengths, page, size = [70, 9, 33], 8, 16
     generator = torch.Generator().manual_seed(0)
@@ -96,18 +128,20 @@ def test_attention_is_that_of_whole_sequences(tiling: Tiling, kv_heads: int) -> 
     blocks = torch.randperm(40, generator=generator).tolist()
     tables = [blocks[:9], blocks[9:11], blocks[11:16]]
     inputs = [[random_rows(n, heads, size, seed=n + heads) for heads in (4, kv_heads, kv_heads)] for n in lengths]
-    expected = [DenseOperations().attention(1, *sequence) for sequence in inputs]
+    attend: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
+    expected = [DenseOperations().attention(1, *sequence, **attend) for sequence in inputs]
     outputs: list[list[Tensor]] = [[], [], []]
     computed = [0, 0, 0]
     for sizes in ([40, 1, 16], [1, 1, 1], [20, 2, 16], [9, 5, 0]):
         chosen = [index for index, count in enumerate(sizes) if count]
         ends = [computed[index] + sizes[index] for index in chosen]
         chunks = [Chunk(computed[i], [0] * sizes[i], tables[i], draws=True) for i in chosen]
-        operations = tiled.TiledOperations(plan_step(Batch(chunks, []), page, tiling), cache, tiling)
+        operations = tiled.TiledOperations(plan_step(Batch(chunks, []), page, tiling, [window]), cache, tiling)
         spans = [slice(computed[index], end) for index, end in zip(chosen, ends, strict=True)]
         rows = [torch.cat([inputs[i][j][span] for i, span in zip(chosen, spans, strict=True)]) for j in range(3)]
         padding = -len(rows[0]) % tiling.rows[-1]
-        mixed = operations.attention(1, *(torch.cat([part, part[:1].expand(padding, -1, -1)]) for part in rows))
+        padded = (torch.cat([part, part[:1].expand(padding, -1, -1)]) for part in rows)
+        mixed = operations.attention(1, *padded, **attend)
         for index, part in zip(chosen, mixed[: sum(sizes)].split_with_sizes([sizes[i] for i in chosen]), strict=True):
             outputs[index].append(part)
         for index, end in zip(chosen, ends, strict=True):

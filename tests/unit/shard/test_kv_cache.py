@@ -32,6 +32,12 @@ def test_the_default_takes_at_most_a_gibibyte() -> None:
     assert capacity(SMALL, 1 << 15, 0, 100 * GIBIBYTE) == GIBIBYTE // block_bytes(SMALL, 1 << 15)
 
 
+def test_half_as_wide_pages_are_twice_as_many() -> None:
+    assert block_bytes(SMALL, 64, torch.bfloat16) == BLOCK // 2
+    assert capacity(SMALL, 64, 10 * BLOCK, GIBIBYTE, dtype=torch.bfloat16) == 20
+    assert capacity(SMALL, 64, 10 * BLOCK, GIBIBYTE, head_size=2 * SMALL.head_size) == 5
+
+
 def test_no_block_is_refused() -> None:
     with pytest.raises(ValueError, match="kv_memory"):
         capacity(SMALL, 64, BLOCK - 1, GIBIBYTE)
@@ -53,13 +59,15 @@ def test_copies_are_of_all_layers_and_of_nothing_else() -> None:
     cache.copy([])
 
 
-def test_a_row_lies_in_its_slot() -> None:
-    cache = KeyValueCache(layers=2, block_count=5, block_size=4, kv_heads=2, head_size=6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_lies_in_its_slot(dtype: torch.dtype) -> None:
+    cache = KeyValueCache(layers=2, block_count=5, block_size=4, kv_heads=2, head_size=6, dtype=dtype)
+    assert {pool.dtype for pool in (*cache.keys, *cache.values)} == {dtype}
     key, value = torch.randn(3, 2, 6), torch.randn(3, 2, 6)
     blocks, slots = torch.tensor([4, 0, 4]), torch.tensor([3, 1, 0])
     cache.write(1, blocks, slots, key, value)
     for row in range(3):
-        assert torch.equal(cache.keys[1][blocks[row], :, :, slots[row]], key[row])
-        assert torch.equal(cache.values[1][blocks[row], :, slots[row]], value[row])
+        assert torch.equal(cache.keys[1][blocks[row], :, :, slots[row]], key[row].to(dtype))
+        assert torch.equal(cache.values[1][blocks[row], :, slots[row]], value[row].to(dtype))
     assert cache.keys[1].count_nonzero() == cache.values[1].count_nonzero() == 36
     assert not cache.keys[0].any()

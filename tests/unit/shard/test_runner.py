@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -12,23 +11,23 @@ from torch import Tensor
 
 from services.shard.runner import Runner
 from services.shard.scheduler import Batch, Chunk
-from tests.random_model import SMALL, random_model, write_model
+from tests.random_model import SMALL, random_model, small, write_model
 from tests.reference import Reference
 
 BLOCK_SIZE = 64
 KV_MEMORY = 24 << 20
 
-WIDE = dataclasses.replace(
-    SMALL, hidden_size=256, intermediate_size=1500, head_count=8, kv_head_count=2, head_size=32, vocabulary_size=1000
-)
+WIDE = small(hidden_size=256, intermediate_size=1500, head_count=8, head_size=32, vocabulary_size=1000)
 """Wide enough for threads to share the work, with a product longer than a slice and a width that no vector divides."""
 
-MULTI_HEAD = dataclasses.replace(SMALL, kv_head_count=4, tied_embeddings=True)
+MULTI_HEAD = small(kv_head_count=4, tied_embeddings=True)
 """One query head per kv head, hence a product with a single row if a query tile had one query."""
 
 
-def open_runner(folder: Path, *, threads: int = 1, block_size: int = BLOCK_SIZE) -> Runner:
-    return Runner(folder, block_size=block_size, kv_memory=KV_MEMORY, threads=threads)
+def open_runner(
+    folder: Path, *, threads: int = 1, block_size: int = BLOCK_SIZE, kernels: str = "plain", dtype: str = "auto"
+) -> Runner:
+    return Runner(folder, block_size=block_size, kv_memory=KV_MEMORY, threads=threads, kernels=kernels, dtype=dtype)
 
 
 @pytest.fixture(scope="module", params=[SMALL, WIDE, MULTI_HEAD], ids=["small", "wide", "multi-head"])
@@ -36,9 +35,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write_model(tmp_path_factory.mktemp("models") / "random", random_model(request.param))
 
 
-@pytest.fixture(scope="module")
-def runner(folder: Path) -> Runner:
-    return open_runner(folder)
+@pytest.fixture(scope="module", params=["native", "plain"])
+def runner(request: pytest.FixtureRequest, folder: Path) -> Runner:
+    return open_runner(folder, kernels=request.param)
 
 
 class Sequence:
@@ -62,7 +61,7 @@ def compute(runner: Runner, sequence: Sequence, sizes: list[int]) -> dict[int, T
     """Computes a sequence alone in chunks of these sizes: logits by the position behind which they stand."""
     logits = {}
     for size in sizes:
-        (row,) = runner.forward(Batch([sequence.chunk(size)], []))
+        (row,) = runner.forward(Batch([sequence.chunk(size)], [])).values
         logits[sequence.computed - 1] = row
     return logits
 
@@ -97,10 +96,10 @@ def test_greedy_tokens_are_those_of_the_reference(folder: Path, runner: Runner) 
     reference = Reference(folder)
     prompt = random_ids(runner, 60, seed=2)
     sequence = Sequence(list(prompt), [3, 1])
-    (logits,) = runner.forward(Batch([sequence.chunk(len(prompt))], []))
+    (logits,) = runner.forward(Batch([sequence.chunk(len(prompt))], [])).values
     for _ in range(20):
         sequence.token_ids.append(int(logits.argmax()))
-        (logits,) = runner.forward(Batch([sequence.chunk(1)], []))
+        (logits,) = runner.forward(Batch([sequence.chunk(1)], [])).values
     assert sequence.token_ids[60:] == reference.greedy(prompt, 20)
 
 
@@ -127,7 +126,7 @@ def test_neighbours_do_not_change_bits(runner: Runner) -> None:
             chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
             sizes = draw.choice([[1], [1, 2, 40], [16, 64], [200]])
             chunks = [sequences[i].chunk(draw.choice(sizes), padding=draw.randint(0, 1)) for i in chosen]
-            logits = runner.forward(Batch(chunks, []))
+            logits = runner.forward(Batch(chunks, [])).values
             for i, row in zip(chosen, logits, strict=True):
                 assert torch.equal(row, expected[i][sequences[i].computed - 1])
 
@@ -141,7 +140,7 @@ def test_threads_do_not_change_bits(runner: Runner) -> None:
         torch.set_num_threads(threads)
         sequences = [Sequence(ids, list(range(4 * i, 4 * i + 4))) for i, ids in enumerate(token_ids)]
         runner.forward(Batch([sequence.chunk(len(sequence.token_ids) - 1) for sequence in sequences[1:]], []))
-        results.append(runner.forward(Batch([sequence.chunk(200) for sequence in sequences], [])))
+        results.append(runner.forward(Batch([sequence.chunk(200) for sequence in sequences], [])).values)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -149,7 +148,7 @@ def test_threads_do_not_change_bits(runner: Runner) -> None:
 def test_pages_of_other_sizes_agree_with_the_reference(folder: Path) -> None:
     runner, reference = open_runner(folder, block_size=8), Reference(folder)
     token_ids = random_ids(runner, 50, seed=6)
-    (logits,) = runner.forward(Batch([Chunk(0, token_ids, list(range(10, 17)), draws=True)], []))
+    (logits,) = runner.forward(Batch([Chunk(0, token_ids, list(range(10, 17)), draws=True)], [])).values
     torch.testing.assert_close(logits, reference.logits(token_ids)[-1], atol=1e-4, rtol=1e-4)
 
 
@@ -163,7 +162,9 @@ def test_later_tokens_change_nothing_before_them(runner: Runner) -> None:
             sequence = Sequence(ids, [7, 9])
             runner.forward(Batch([sequence.chunk(100)], []))
             # Whoever decodes again behind the common part reads the keys and values that the chunk has left.
-            rows.append(runner.forward(Batch([Chunk(place - 1, [token_ids[place - 1]], [7, 9], draws=True)], []))[0])
+            rows.append(
+                runner.forward(Batch([Chunk(place - 1, [token_ids[place - 1]], [7, 9], draws=True)], [])).values[0]
+            )
         assert torch.equal(rows[0], rows[1])
 
 
@@ -171,12 +172,12 @@ def test_only_chunks_that_draw_have_logits_in_their_order(runner: Runner) -> Non
     token_ids = [random_ids(runner, 9, seed) for seed in range(3)]
     expected = [token_by_token(runner, ids)[-1] for ids in token_ids]
     chunks = [Chunk(0, ids, [4 + i], draws=i != 1) for i, ids in enumerate(token_ids)]
-    logits = runner.forward(Batch(chunks, []))
+    logits = runner.forward(Batch(chunks, [])).values
     assert logits.dtype == torch.float32
     assert logits.shape == (2, runner.vocabulary_size)
     assert torch.equal(logits, torch.stack([expected[0], expected[2]]))
-    assert runner.forward(Batch([chunks[1]], [])).shape == (0, runner.vocabulary_size)
-    assert runner.forward(Batch([], [])).shape == (0, runner.vocabulary_size)
+    assert runner.forward(Batch([chunks[1]], [])).values.shape == (0, runner.vocabulary_size)
+    assert runner.forward(Batch([], [])).values.shape == (0, runner.vocabulary_size)
 
 
 def test_copied_blocks_diverge(runner: Runner) -> None:
@@ -189,7 +190,7 @@ def test_copied_blocks_diverge(runner: Runner) -> None:
     second = Sequence(prompt + ends[1], [20, 22])
     second.computed = 70
     for step, copies in enumerate([[(21, 22)], [], [], [], []]):
-        logits = runner.forward(Batch([first.chunk(1), second.chunk(1)], copies))
+        logits = runner.forward(Batch([first.chunk(1), second.chunk(1)], copies)).values
         assert torch.equal(logits[0], expected[0][70 + step])
         assert torch.equal(logits[1], expected[1][70 + step])
 
@@ -209,10 +210,10 @@ def test_a_sequence_that_is_not_finite_fails_alone(tmp_path: Path) -> None:
     expected = token_by_token(runner, healthy)
     assert expected.isfinite().all()
     broken = Chunk(0, [13] * 40, [5], draws=True)
-    logits = runner.forward(Batch([broken, Chunk(0, healthy, [6], draws=True)], []))
+    logits = runner.forward(Batch([broken, Chunk(0, healthy, [6], draws=True)], [])).values
     assert not logits[0].isfinite().all()
     assert torch.equal(logits[1], expected[-1])
-    (later,) = runner.forward(Batch([Chunk(40, [1], [5], draws=True)], []))
+    (later,) = runner.forward(Batch([Chunk(40, [1], [5], draws=True)], [])).values
     assert not later.isfinite().all()
     runner.forward(Batch([broken], []))
     assert_equal_bits(compute(runner, Sequence(healthy, [5]), [7, 1, 32]), expected)
@@ -230,7 +231,14 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
 def test_a_pool_without_a_block_is_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", random_model())
     with pytest.raises(ValueError, match="kv_memory"):
-        Runner(folder, block_size=BLOCK_SIZE, kv_memory=1000, threads=1)
-    runner = Runner(folder, block_size=BLOCK_SIZE, kv_memory=1 << 20, threads=1)
+        Runner(folder, block_size=BLOCK_SIZE, kv_memory=1000, threads=1, kernels="plain")
+    runner = Runner(folder, block_size=BLOCK_SIZE, kv_memory=1 << 20, threads=1, kernels="plain")
     assert runner.block_count == (1 << 20) // (2 * 2 * 64 * 2 * 16 * 4)
     assert Runner(folder, block_size=BLOCK_SIZE, kv_memory=1 << 30, threads=1).block_count == 64 * 512 // BLOCK_SIZE
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = write_model(tmp_path / "model", random_model())
+    with pytest.raises(ValueError, match=r"^device: "):
+        Runner(folder, block_size=BLOCK_SIZE, kv_memory=KV_MEMORY, threads=1, device="cuda")

@@ -59,7 +59,7 @@ def test_a_long_prompt_does_not_stop_those_behind_it() -> None:
     scheduler.admit(admission(prompt(30, 5), attempt=3, priority=1))
     batch, outcome = step(scheduler, runner)
     batch, outcome = step(scheduler, runner)  # the long one comes first now
-    assert [len(chunk.token_ids) for chunk in batch.chunks] == [7, 1]
+    assert [len(chunk.token_ids) for chunk in batch.chunks] == [1, 7]
     assert outcome.tokens[1].attempts == [2]
 
 
@@ -232,6 +232,26 @@ def test_nobody_is_let_in_who_would_be_the_next_victim() -> None:
     assert scheduler.load.waiting == 1
     finish(scheduler, runner)
     assert scheduler.load.preemptions == 0
+
+
+def test_nobody_is_let_in_by_the_step_in_which_somebody_lost_his_blocks() -> None:
+    scheduler, runner = make(blocks=8, step_tokens=32)
+    scheduler.admit(admission(prompt(15, 1), attempt=1, max_count=9))
+    scheduler.admit(admission(prompt(11, 2), attempt=2, max_count=9))
+    step(scheduler, runner)
+    scheduler.admit(admission(prompt(3, 3), attempt=3, max_count=9, priority=1))
+    while not scheduler.load.preemptions:
+        _, outcome = step(scheduler, runner)
+        assert outcome.admitted == []
+    assert step(scheduler, runner)[1].admitted == [Admitted(1, 3, 0)]
+
+
+def test_newcomers_of_one_step_leave_room_for_each_other() -> None:
+    scheduler, runner = make(blocks=4)
+    for attempt in (1, 2):
+        scheduler.admit(admission(prompt(7, attempt), attempt=attempt, max_count=8))
+    step(scheduler, runner)
+    assert (scheduler.load.running, scheduler.load.waiting) == (1, 1)
 
 
 def test_the_load_counts_what_was_done() -> None:

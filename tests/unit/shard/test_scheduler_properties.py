@@ -31,6 +31,7 @@ class Asked:
     link: int = 1
     epoch: int = 1
     priority: int = 0
+    tenant: str = "a"
     fork_of: int | None = None
 
 
@@ -56,13 +57,19 @@ class Commands(RuleBasedStateMachine):
         self.started = False
 
     @precondition(lambda self: not self.started)
-    @rule(step_tokens=st.integers(1, 12), step_sequences=st.integers(1, 4), prefix_cache=st.booleans())
-    def start(self, step_tokens: int, step_sequences: int, prefix_cache: bool) -> None:
+    @rule(
+        step_tokens=st.integers(1, 12),
+        step_sequences=st.integers(1, 4),
+        step_time=st.sampled_from([0.0, 0.005, 10.0]),
+        prefix_cache=st.booleans(),
+    )
+    def start(self, step_tokens: int, step_sequences: int, step_time: float, prefix_cache: bool) -> None:
         self.started = True
         self.scheduler = Scheduler(
             BlockPool(BLOCKS, SIZE, prefix_cache=prefix_cache),
             step_tokens=step_tokens,
             step_sequences=step_sequences,
+            step_time=step_time,
             context_length=BLOCKS * SIZE,
         )
 
@@ -72,17 +79,20 @@ class Commands(RuleBasedStateMachine):
         prompt=st.sampled_from(PROMPTS),
         known=st.integers(0, 3),
         grant=st.integers(0, MOST_OUTPUTS),
-        priority=st.integers(-1, 1),
+        whose=st.tuples(st.sampled_from("aab"), st.integers(-1, 1)),
     )
-    def admit(self, link: int, prompt: list[int], known: int, grant: int, priority: int) -> None:
-        self._admit(Asked(f"g{self.attempts}", prompt, known, grant, link=link, priority=priority))
+    def admit(self, link: int, prompt: list[int], known: int, grant: int, whose: tuple[str, int]) -> None:
+        tenant, priority = whose
+        self._admit(Asked(f"g{self.attempts}", prompt, known, grant, link=link, priority=priority, tenant=tenant))
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), known=st.integers(0, 3), grant=st.integers(0, MOST_OUTPUTS), priority=st.integers(-1, 1))
     def fork(self, data: st.DataObject, known: int, grant: int, priority: int) -> None:
         (link, attempt), leader = data.draw(st.sampled_from(sorted(self.alive.items(), key=lambda item: item[0])))
         name = f"{leader.asked.generation_id}+{self.attempts}"
-        self._admit(Asked(name, leader.asked.prompt, known, grant, link=link, priority=priority, fork_of=attempt))
+        of = leader.asked
+        asked = Asked(name, of.prompt, known, grant, link=link, priority=priority, tenant=of.tenant, fork_of=attempt)
+        self._admit(asked)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), link=st.integers(1, 2), newer=st.integers(-1, 1), grant=st.integers(0, MOST_OUTPUTS))
@@ -118,11 +128,11 @@ class Commands(RuleBasedStateMachine):
         self.alive = {key: expected for key, expected in self.alive.items() if key[0] != link}
 
     @precondition(lambda self: self.started and self.scheduler.has_work)
-    @rule(times=st.integers(1, 5))
-    def run(self, times: int) -> None:
+    @rule(times=st.integers(1, 5), seconds=st.sampled_from([0.0, 0.001, 0.01, 1.0]))
+    def run(self, times: int, seconds: float) -> None:
         for _ in range(times):
             if self.scheduler.has_work:
-                self._step()
+                self._step(seconds)
 
     @invariant()
     def books_balance(self) -> None:
@@ -163,12 +173,13 @@ class Commands(RuleBasedStateMachine):
                 grant=asked.grant,
                 fork_of=asked.fork_of,
                 priority=asked.priority,
+                tenant=asked.tenant,
                 stops=[STOP],
             )
         )
 
-    def _step(self) -> None:
-        _, outcome = step(self.scheduler, self.runner)
+    def _step(self, seconds: float = 0.01) -> None:
+        _, outcome = step(self.scheduler, self.runner, seconds)
         assert outcome.ended == []
         for link, drawn in outcome.tokens.items():
             for attempt, token_id, count in zip(drawn.attempts, drawn.token_ids, drawn.counts, strict=True):

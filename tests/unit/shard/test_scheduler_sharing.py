@@ -30,7 +30,7 @@ def test_blocks_can_be_found_as_soon_as_their_step_is_done() -> None:
     step(scheduler, runner)  # 8 of 20 tokens
     scheduler.admit(admission(prompt(20), attempt=2, priority=1))
     _, outcome = step(scheduler, runner)
-    assert outcome.admitted == [], "the first one takes the whole budget"
+    assert outcome.admitted == [Admitted(1, 2, 8)], "priority goes before what has begun"
     drawn = finish(scheduler, runner)
     assert drawn[1, 1] == drawn[1, 2] == alone(prompt(20), 8)
     assert scheduler.load.cached_tokens >= 8

@@ -195,7 +195,7 @@ async def test_a_link_that_does_not_read_holds_nobody_up_and_loses_nothing(syste
     # With 20 top tokens for each of 8 rows a step is a kilobyte, so that the transport's buffers are soon full.
     rounds, count = 5, 40
     prompts = {attempt: [attempt % 31] for attempt in range(1, rounds * 8 + 1)}
-    stuck, watcher = system.link(), system.link()
+    stuck, watcher = system.narrow_link(), system.link()
     await stuck.send(
         *(admit(attempt, prompt, top_logprobs=20, max_count=count, grant=count) for attempt, prompt in prompts.items())
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,11 +43,15 @@ def pages_seen(group: TileGroup) -> dict[tuple[int, int], list[tuple[int, list[b
     return seen
 
 
-def expected_pages(chunk: Chunk, position: int) -> list[tuple[int, list[bool]]]:
-    """From the query's own page back to the first, all keys up to the query's."""
+def expected_pages(chunk: Chunk, position: int, window: int | None) -> list[tuple[int, list[bool]]]:
+    """From the query's own page back to the first of its window, all keys of the window up to the query's."""
+    first = 0 if window is None else max(0, position - window + 1)
     return [
-        (chunk.block_table[page], [page * BLOCK_SIZE + slot > position for slot in range(BLOCK_SIZE)])
-        for page in range(position // BLOCK_SIZE, -1, -1)
+        (
+            chunk.block_table[page],
+            [not first <= page * BLOCK_SIZE + slot <= position for slot in range(BLOCK_SIZE)],
+        )
+        for page in range(position // BLOCK_SIZE, first // BLOCK_SIZE - 1, -1)
     ]
 
 
@@ -54,34 +60,40 @@ def positions_of(batch: Batch) -> list[tuple[Chunk, int]]:
     return [(chunk, chunk.start + offset) for chunk in batch.chunks for offset in range(len(chunk.token_ids))]
 
 
-def check_groups(batch: Batch, plan: StepPlan) -> None:
+def check_groups(batch: Batch, plan: StepPlan, window: int | None) -> None:
     places: dict[int, int] = {}
-    first = 0
-    for group in plan.groups:
+    first, layout = 0, plan.layouts[window]
+    for group in layout.groups:
         for (row, place), pages in pages_seen(group).items():
             chunk, position = positions_of(batch)[row]
-            # Pages before which the whole tile lies come first, wholly hidden: they add zeros.
+            # Pages behind the query or before its window, which others of the tile see, are hidden: they add zeros.
             own = [page for page in pages if not all(page[1])]
-            assert own == expected_pages(chunk, position)
-            assert pages[len(pages) - len(own) :] == own
+            assert own == expected_pages(chunk, position, window)
+            others = sum((group.queries - 2) // BLOCK_SIZE + 1 for _ in range(1 if window is None else 2))
+            assert len(pages) - len(own) <= others
             places[first + place] = row
         first += group.tiles * group.queries
-    assert [places[place] for place in plan.output_rows[: plan.row_count].tolist()] == list(range(plan.row_count))
-    assert plan.output_rows.max() < first
+    assert [places[place] for place in layout.output_rows[: plan.row_count].tolist()] == list(range(plan.row_count))
+    assert layout.output_rows.max() < first
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
 @settings(deadline=None, max_examples=50)
 @given(batch=batches())
 def test_every_query_meets_its_own_keys_and_no_others(tiling: Tiling, batch: Batch) -> None:
-    check_groups(batch, plan_step(batch, BLOCK_SIZE, tiling))
+    windows = [None, 1, 8, 13]
+    plan = plan_step(batch, BLOCK_SIZE, tiling, windows)
+    assert list(plan.layouts) == windows
+    for window in windows:
+        check_groups(batch, plan, window)
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
 @settings(deadline=None, max_examples=50)
 @given(batch=batches())
 def test_items_are_laid_out_by_rank(tiling: Tiling, batch: Batch) -> None:
-    for group in plan_step(batch, BLOCK_SIZE, tiling).groups:
+    layouts = plan_step(batch, BLOCK_SIZE, tiling, [None, 13]).layouts.values()
+    for group in chain.from_iterable(layout.groups for layout in layouts):
         expected = [tile for count in group.rank_sizes for tile in range(count)]
         assert group.item_tiles.tolist() == expected
         assert group.rank_sizes == sorted(group.rank_sizes, reverse=True)
@@ -107,6 +119,10 @@ def test_rows_are_the_tokens_of_the_chunks(tiling: Tiling, batch: Batch) -> None
     ends = np.cumsum([len(chunk.token_ids) for chunk in batch.chunks])
     drawn = [end - 1 for end, chunk in zip(ends, batch.chunks, strict=True) if chunk.draws]
     assert plan.drawn_rows[: plan.drawn_count].tolist() == drawn
-    for padded, needed in ((plan.token_ids, count), (plan.output_rows, count), (plan.drawn_rows, len(drawn))):
+    for padded, needed in (
+        (plan.token_ids, count),
+        (plan.layouts[None].output_rows, count),
+        (plan.drawn_rows, len(drawn)),
+    ):
         assert len(padded) % tiling.rows[-1] == 0
         assert 0 <= len(padded) - needed < tiling.rows[-1]

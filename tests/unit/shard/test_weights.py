@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from services.common import model_folder
 from services.shard import weights
-from tests.random_model import random_model, write_model
+from services.shard.kernels.quantize import dequantize_rows, quantize_rows
+from tests.random_model import random_model, small, write_model
 
 
 @pytest.fixture
@@ -47,12 +48,51 @@ def test_a_single_file_and_shards_load_alike(folder: Path) -> None:
         assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_floats_become_float32(folder: Path, dtype: torch.dtype) -> None:
-    rounded = {name: tensor.to(dtype) for name, tensor in load_file(folder / weights.SINGLE_FILE).items()}
+@pytest.mark.parametrize(
+    ("stored", "dtype", "loaded_as"),
+    [
+        (torch.float32, "auto", torch.float32),
+        (torch.float16, "auto", torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "float32", torch.float32),
+        (torch.float16, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtypes(folder: Path, stored: torch.dtype, dtype: str, loaded_as: torch.dtype) -> None:
+    """As stored, float16 apart, or as asked; norms are float32 always."""
+    rounded = {name: tensor.to(stored) for name, tensor in load_file(folder / weights.SINGLE_FILE).items()}
     change(folder, dict(rounded))
-    loaded = weights.load_model(folder).to_checkpoint()
-    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in rounded.items())
+    assert str(loaded_as) == f"torch.{weights.resolve_dtype(folder, dtype)}"
+    for name, tensor in weights.load_model(folder, dtype).to_checkpoint().items():
+        expected = rounded[name].to(torch.float32 if "norm" in name else loaded_as)
+        assert tensor.dtype == expected.dtype
+        assert torch.equal(tensor, expected)
+
+
+def test_norms_in_float32_do_not_change_what_is_computed_in(folder: Path) -> None:
+    tensors = load_file(folder / weights.SINGLE_FILE)
+    change(folder, {name: tensor.bfloat16() for name, tensor in tensors.items() if "norm" not in name})
+    assert weights.resolve_dtype(folder, "auto") == "bfloat16"
+    change(folder, {"lm_head.weight": tensors["lm_head.weight"]})
+    assert weights.resolve_dtype(folder, "auto") == "float32"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_eight_bits_are_of_linear_layers_alone(tmp_path: Path, tied: bool) -> None:
+    folder = write_model(tmp_path / "model", random_model(small(tied_embeddings=tied)))
+    exact, rounded = weights.load_model(folder), weights.load_model(folder, "int8")
+    assert torch.equal(rounded.embedding, exact.embedding)
+    assert rounded.head is not None
+    pairs = list(zip(exact.linear_weights(), rounded.linear_weights(), strict=True))
+    assert len(pairs) == 2 * 4 + 1
+    for before, after in pairs:
+        assert torch.equal(after, dequantize_rows(*quantize_rows(before)))
+        assert not torch.equal(after, before)
+
+
+def test_another_dtype_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^dtype: "):
+        weights.load_model(folder, "float16")
 
 
 def test_stored_frequencies_of_older_checkpoints_are_passed_over(folder: Path) -> None:
@@ -179,3 +219,8 @@ def test_other_models_come_from_the_hub_as_data_alone(folder: Path, monkeypatch:
     assert asked == [("someone/some-model", ["*.safetensors", "*.json", "*.jinja"])]
     with pytest.raises(ValueError, match="someone/missing"):
         model_folder.find_model("someone/missing")
+
+
+def test_stored_bytes_are_those_of_all_files(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", random_model())
+    assert weights.stored_bytes(folder) == (folder / "model.safetensors").stat().st_size

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpc import aio
 
@@ -162,6 +163,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     Attributes:
         log: shared with others.
         attaches: all that came.
+        opens: requests to open, each with its metadata.
         detaches: readers that left.
         acknowledged: highest acknowledgement.
         streams: the Read streams that are open.
@@ -176,6 +178,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
     def __init__(self, log: FakeLog) -> None:
         self.log = log
         self.attaches: list[pb.Attach] = []
+        self.opens: list[tuple[pb.OpenRequest, dict[str, Any]]] = []
         self.detaches: list[int] = []
         self.acknowledged = 0
         self.streams: set[Stream] = set()
@@ -207,6 +210,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
 
     async def Open(self, request: pb.OpenRequest, context: rpc.Context) -> pb.OpenResponse:
         self._called("Open")
+        self.opens.append((request, dict(context.invocation_metadata() or ())))
         generation, created = self.log.open(request)
         session_id = generation.generation_id.partition(".")[0]
         return pb.OpenResponse(session_id=session_id, generation_id=generation.generation_id, created=created)
@@ -355,8 +359,6 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             held_bytes=[generation.held(choice, end)],
             running_hashes=generation.hashes[choice][end],
             durable_counts=[first],
-            shard_departures_ns=[1] * (end - first),
-            arrivals_ns=[2] * (end - first),
         )
         top = generation.request.spec.output.top_logprobs
         if generation.request.spec.output.logprobs:

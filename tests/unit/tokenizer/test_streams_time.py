@@ -16,6 +16,7 @@ from services.common.errors import (
     Draining,
     SlowReader,
 )
+from services.common.tracing import unpack
 from services.tokenizer import reader
 from services.tokenizer.codec import Codec
 from tests.unit.tokenizer.house import (
@@ -114,8 +115,14 @@ async def test_a_call_passes_its_trace_on(codec: Codec) -> None:
         request = public.StreamGenerateRequest(generation=public.GenerationRequest(prompt="x"))
         for header in (f"00-{trace}-{span}-01", "nonsense"):
             await Received().read(house.generation.StreamGenerate(request, metadata=(("traceparent", header),)))
-        contexts = [attach.trace_context for attach in house.first.attaches]
-    assert contexts == [bytes.fromhex(trace + span + "01"), b""]
+    (given, told), (own, _) = house.first.opens
+    context, other = unpack(given.spec.trace_context), unpack(own.spec.trace_context)
+    assert context is not None
+    assert other is not None
+    assert (context.trace_id.hex(), context.sampled) == (trace, True)
+    assert other.trace_id != context.trace_id
+    assert told["traceparent"].startswith(f"00-{trace}-")
+    assert len({span, told["traceparent"][36:52], context.span_id.hex()}) == 3, "spans of their own"
 
 
 async def test_draining(codec: Codec) -> None:

@@ -19,10 +19,12 @@ from fermata.v1 import text_pb2
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
 from fermata.v1.text_pb2_grpc import TokenizerServiceStub
 from services.common.directory import StaticDirectory
+from services.common.telemetry import Telemetry, TelemetrySettings
 from services.common.vocabulary import Vocabulary
 from services.config import TokenizerConfig
 from services.orchestrator.v1 import orchestrator_pb2 as pb
 from services.tokenizer.codec import Codec
+from services.tokenizer.figures import Figures
 from services.tokenizer.reader import Face
 from services.tokenizer.serving import Tokenizer, advertised_host
 from tests.unit.tokenizer.fake_orchestrator import FakeGeneration, FakeLog, FakeOrchestrator
@@ -153,7 +155,9 @@ async def test_what_keeps_it_from_starting(arguments: tuple[str, ...], model_fol
 
 
 def test_the_endpoints_that_clients_are_told() -> None:
-    face = Face(Vocabulary([], {}), (), "10.0.0.1:5", StaticDirectory(["a:1", "10.0.0.1:5", "b:1", "c:1", "d:1"]))
+    others = StaticDirectory(["a:1", "10.0.0.1:5", "b:1", "c:1", "d:1"])
+    telemetry = Telemetry("tokenizer", TelemetrySettings())
+    face = Face(Vocabulary([], {}), (), "10.0.0.1:5", others, telemetry, Figures(telemetry.metrics, lambda: 0))
     assert face.endpoints == ["10.0.0.1:5", "a:1", "b:1", "c:1"]
     assert advertised_host(TokenizerConfig(host="10.0.0.1")) == "10.0.0.1"
     assert advertised_host(TokenizerConfig(host="0.0.0.0", advertised_host="public.example")) == "public.example"

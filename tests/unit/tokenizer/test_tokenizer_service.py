@@ -242,6 +242,7 @@ async def test_reflection_on_both_ports(codec: Codec) -> None:
         "fermata.v1.SessionService",
         "fermata.v1.TokenizerService",
         "fermata.v1.ModelService",
+        "fermata.v1.TelemetryService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -183,7 +183,6 @@ ELSE: list[tuple[dict[str, Any], type[FermataError]]] = [
     ({"model": "huge", "n": 9}, ModelNotFound),
     ({"output": {"prompt_logprobs": True}}, NotYetSupported),
     ({"output": {"stages": True}}, NotYetSupported),
-    ({"output": {"timings": True}}, NotYetSupported),
     ({"session_id": "x"}, SessionNotFound),
     ({"session_id": SESSION.upper()}, SessionNotFound),
     ({"session_id": SESSION, "continue_from": {"generation_id": "nonsense"}}, GenerationNotFound),

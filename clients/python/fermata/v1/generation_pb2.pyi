@@ -372,33 +372,108 @@ Global___TopLogprobs: _TypeAlias = TopLogprobs  # noqa: Y015
 
 @_typing.final
 class TokenTimings(_message.Message):
-    """Where the time of one token went, in nanoseconds. Signed: parts are differences of residences."""
+    """Where the time of one token went, in nanoseconds: the parts of `interval_ns`, which they sum to exactly. Each is a
+    difference against the previous token of the choice, so a part is negative where this token waited less there than
+    the previous one did; the first token of a reading has no previous one, and its parts are whole durations.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHARD_NS_FIELD_NUMBER: _builtins.int
-    ORCHESTRATOR_NS_FIELD_NUMBER: _builtins.int
-    TOKENIZER_NS_FIELD_NUMBER: _builtins.int
-    NETWORK_NS_FIELD_NUMBER: _builtins.int
-    shard_ns: _builtins.int
-    """Between this token and the previous one at the shard."""
-    orchestrator_ns: _builtins.int
-    """At the orchestrator, against the previous token."""
-    tokenizer_ns: _builtins.int
-    """At the tokenizer, against the previous token."""
-    network_ns: _builtins.int
-    """Between the services."""
+    INTERVAL_NS_FIELD_NUMBER: _builtins.int
+    WAIT_NS_FIELD_NUMBER: _builtins.int
+    SCHEDULE_NS_FIELD_NUMBER: _builtins.int
+    FORWARD_NS_FIELD_NUMBER: _builtins.int
+    SAMPLE_NS_FIELD_NUMBER: _builtins.int
+    PUBLISH_NS_FIELD_NUMBER: _builtins.int
+    SHARD_HOP_NS_FIELD_NUMBER: _builtins.int
+    COMMIT_NS_FIELD_NUMBER: _builtins.int
+    RELAY_NS_FIELD_NUMBER: _builtins.int
+    HOP_NS_FIELD_NUMBER: _builtins.int
+    QUEUE_NS_FIELD_NUMBER: _builtins.int
+    DETOKENIZE_NS_FIELD_NUMBER: _builtins.int
+    WRITE_NS_FIELD_NUMBER: _builtins.int
+    UNACCOUNTED_NS_FIELD_NUMBER: _builtins.int
+    DEPARTED_NS_FIELD_NUMBER: _builtins.int
+    OPEN_NS_FIELD_NUMBER: _builtins.int
+    RENDER_NS_FIELD_NUMBER: _builtins.int
+    ENCODE_NS_FIELD_NUMBER: _builtins.int
+    CLAIM_NS_FIELD_NUMBER: _builtins.int
+    PLACE_NS_FIELD_NUMBER: _builtins.int
+    ADMISSION_NS_FIELD_NUMBER: _builtins.int
+    PREFILL_NS_FIELD_NUMBER: _builtins.int
+    interval_ns: _builtins.int
+    """From the previous token's leaving this tokenizer to this one's; for the first, from the arrival of the call."""
+    wait_ns: _builtins.int
+    """At the shard, from the previous token's leaving the engine to the begin of the step that drew this one."""
+    schedule_ns: _builtins.int
+    """Choosing the batch of that step."""
+    forward_ns: _builtins.int
+    """Its forward pass."""
+    sample_ns: _builtins.int
+    """Filters, masks and draw."""
+    publish_ns: _builtins.int
+    """From the draw to the message's leaving the shard."""
+    shard_hop_ns: _builtins.int
+    """On the way from the shard to the orchestrator."""
+    commit_ns: _builtins.int
+    """At the orchestrator until readers may see it: with DURABILITY_COMMITTED, until the session store has it."""
+    relay_ns: _builtins.int
+    """At the orchestrator, from then to the message's leaving for the tokenizer."""
+    hop_ns: _builtins.int
+    """On the way from the orchestrator to the tokenizer."""
+    queue_ns: _builtins.int
+    """At the tokenizer until its turn came."""
+    detokenize_ns: _builtins.int
+    """Turning ids into text."""
+    write_ns: _builtins.int
+    """At the tokenizer while the reader took earlier events."""
+    unaccounted_ns: _builtins.int
+    """What no part accounts for, such as the time that another shard or orchestrator needed to take over."""
+    departed_ns: _builtins.int
+    """When the token left this tokenizer, on its monotonic clock: what a reader needs to know for the last part of the way."""
+    open_ns: _builtins.int
+    """Of the first token alone: from the arrival of the call to its leaving for the orchestrator, without the two next."""
+    render_ns: _builtins.int
+    """Rendering the conversation."""
+    encode_ns: _builtins.int
+    """Turning the prompt into ids."""
+    claim_ns: _builtins.int
+    """At the orchestrator until the session store had the generation."""
+    place_ns: _builtins.int
+    """At the orchestrator, from then until a shard was asked."""
+    admission_ns: _builtins.int
+    """At the shard until the first step that computed some of the prompt."""
+    prefill_ns: _builtins.int
+    """The steps before the one that drew the token."""
     def __init__(
         self,
         *,
-        shard_ns: _builtins.int = ...,
-        orchestrator_ns: _builtins.int = ...,
-        tokenizer_ns: _builtins.int = ...,
-        network_ns: _builtins.int = ...,
+        interval_ns: _builtins.int = ...,
+        wait_ns: _builtins.int = ...,
+        schedule_ns: _builtins.int = ...,
+        forward_ns: _builtins.int = ...,
+        sample_ns: _builtins.int = ...,
+        publish_ns: _builtins.int = ...,
+        shard_hop_ns: _builtins.int = ...,
+        commit_ns: _builtins.int = ...,
+        relay_ns: _builtins.int = ...,
+        hop_ns: _builtins.int = ...,
+        queue_ns: _builtins.int = ...,
+        detokenize_ns: _builtins.int = ...,
+        write_ns: _builtins.int = ...,
+        unaccounted_ns: _builtins.int = ...,
+        departed_ns: _builtins.int = ...,
+        open_ns: _builtins.int = ...,
+        render_ns: _builtins.int = ...,
+        encode_ns: _builtins.int = ...,
+        claim_ns: _builtins.int = ...,
+        place_ns: _builtins.int = ...,
+        admission_ns: _builtins.int = ...,
+        prefill_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["network_ns", b"network_ns", "orchestrator_ns", b"orchestrator_ns", "shard_ns", b"shard_ns", "tokenizer_ns", b"tokenizer_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_ns", b"admission_ns", "claim_ns", b"claim_ns", "commit_ns", b"commit_ns", "departed_ns", b"departed_ns", "detokenize_ns", b"detokenize_ns", "encode_ns", b"encode_ns", "forward_ns", b"forward_ns", "hop_ns", b"hop_ns", "interval_ns", b"interval_ns", "open_ns", b"open_ns", "place_ns", b"place_ns", "prefill_ns", b"prefill_ns", "publish_ns", b"publish_ns", "queue_ns", b"queue_ns", "relay_ns", b"relay_ns", "render_ns", b"render_ns", "sample_ns", b"sample_ns", "schedule_ns", b"schedule_ns", "shard_hop_ns", b"shard_hop_ns", "unaccounted_ns", b"unaccounted_ns", "wait_ns", b"wait_ns", "write_ns", b"write_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -224,7 +224,7 @@ class OutputOptions(_message.Message):
     stages: _builtins.bool
     """Return the distribution after every sampling stage. Not supported yet."""
     timings: _builtins.bool
-    """Return where the time of each token went. Not supported yet."""
+    """Return where the time of each token went."""
     final_only: _builtins.bool
     """Send no Tokens events; Finished carries the whole text."""
     def __init__(

@@ -1,0 +1,240 @@
+"""A model in the native kernels: packed once, then one call per step.
+
+Weights are packed into panels (`source/multiply.h`), one matrix after the other, so that no more than one is there
+twice. The pages of the KV cache lie as the products read them.
+Knows the model's parameters and the library's structures; nothing of sequences, nor of how the library is built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.shard.kernels.interface import Logits
+from services.shard.kernels.native import binding
+from services.shard.kernels.native.layout import lay_out
+from services.shard.kernels.quantize import quantize_rows
+from services.shard.kv_cache import KeyValueCache
+from services.shard.models.architecture import Activation
+from services.shard.models.transformer import Transformer, TransformerLayer
+from services.shard.scheduler import Batch
+
+PANEL = 32
+"""Columns of a panel, `kPanel`."""
+
+SPLIT = 256
+"""Positions of a split of attention, `kSplit`: a page divides it."""
+
+_INNER_STEP = 64  # kInnerStep
+_LANES = 16  # kLanes
+_TILE_ROWS = 32
+"""Query rows of a tile of attention, all heads of a group together: enough to fill the products, few enough for the
+caches. No result depends on it."""
+
+_KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+PAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+"""What keys and values are kept in."""
+
+_HUGE_PAGE = 2 << 20
+
+
+def padded(size: int, multiple: int = PANEL) -> int:
+    """The next multiple that is not smaller."""
+    return -(-size // multiple) * multiple
+
+
+class NativeKernels:
+    """`Kernels` in C++: a step is one call.
+
+    Attributes:
+        name: see `Kernels`.
+        cache: see `Kernels`.
+        embedding: [V, H], as it was stored.
+    """
+
+    def __init__(
+        self,
+        library: binding.Library,
+        model: Transformer,
+        dtype: str,
+        *,
+        block_count: int,
+        block_size: int,
+        threads: int,
+    ) -> None:
+        """Packs a model, whose matrices are gone afterwards.
+
+        Args:
+            library: to compute with.
+            model: from `weights.load_model` with the same dtype.
+            dtype: "float32", "bfloat16" or "int8".
+            block_count: blocks of the KV cache.
+            block_size: positions per block; a multiple of 32 that divides 256.
+            threads: compute threads.
+        """
+        shape = model.architecture
+        self.name = library.name
+        self._library, self._kind, self._page = library, _KINDS[dtype], block_size
+        self._vocabulary_size = shape.vocabulary_size
+        self._tile_tokens = max(1, _TILE_ROWS // (shape.head_count // shape.kv_head_count))
+        self._kept: list[object] = []
+        self.cache = KeyValueCache(
+            shape.layer_count, block_count, block_size, shape.kv_head_count, padded(shape.head_size),
+            dtype=PAGES[dtype],
+        )  # fmt: skip
+        self.embedding = model.embedding.data.contiguous()
+        self._model = self._pack(model)
+        self._stepper = ctypes.c_void_p(library.create(self._model, threads))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_stepper"):
+            self._library.destroy(self._stepper)
+
+    def forward(self, batch: Batch, wants_logits: Sequence[bool]) -> Logits:
+        """See `Kernels.forward`."""
+        rows = lay_out(batch, self._page, self._tile_tokens)
+        drawn = len(rows.drawn_rows)
+        wanted = np.array(wants_logits, dtype=np.uint8)
+        logits = np.empty((drawn, self._vocabulary_size), np.float32)
+        best, finite = np.empty(drawn, np.int32), np.empty(len(rows.token_ids), np.uint8)
+        layout = binding.StepLayout(
+            *(array.ctypes.data for array in (*rows, wanted, logits, best, finite)),
+            rows=len(rows.token_ids),
+            tiles=len(rows.tile_first_row),
+            drawn=drawn,
+        )
+        self._library.forward(self._stepper, layout)
+        if not finite.all():
+            broken = finite == 0
+            self._invalidate(torch.from_numpy(rows.row_blocks[broken]), torch.from_numpy(rows.positions[broken]))
+        return Logits(torch.from_numpy(logits), best.tolist())
+
+    def _invalidate(self, blocks: Tensor, positions: Tensor) -> None:
+        """See `KeyValueCache.invalidate`; a page here keeps groups of elements together."""
+        group = 1 if self._kind == 0 else 2
+        blocks, slots = blocks.long(), positions.long() % self._page
+        for keys, values in zip(self.cache.keys, self.cache.values, strict=True):
+            heads, head = keys.shape[1:3]
+            keys.view(-1, heads, head // group, self._page, group)[blocks, :, :, slots] = torch.nan
+            values.view(-1, heads, self._page // group, head, group)[blocks, :, slots // group, :, slots % group] = 0.0
+
+    def _pack(self, model: Transformer) -> binding.Model:
+        shape = model.architecture
+        layers = (binding.Layer * shape.layer_count)()
+        for index, (layer, kind) in enumerate(zip(model.layers, shape.layers, strict=True)):
+            assert isinstance(layer, TransformerLayer)
+            layers[index] = self._layer(layer)
+            layers[index].rotation = self._keep(model.rotations[shape.rotaries.index(kind.rotary)])
+            layers[index].keys = self.cache.keys[index].data_ptr()
+            layers[index].values = self.cache.values[index].data_ptr()
+            layers[index].window = kind.window or 0
+        head = self.embedding if model.head is None else model.head.data
+        self._kept.append(layers)
+        return binding.Model(
+            embedding=self._keep(self.embedding),
+            norm=self._vector(model.norm),
+            layers=layers,
+            head=self._linear(head, None),
+            weight_kind=self._kind,
+            embedding_kind=int(self.embedding.dtype == torch.bfloat16),
+            layer_count=shape.layer_count,
+            vocabulary=shape.vocabulary_size,
+            hidden=shape.hidden_size,
+            intermediate=shape.intermediate_size,
+            heads=shape.head_count,
+            kv_heads=shape.kv_head_count,
+            head_size=shape.head_size,
+            page=self._page,
+            activation=int(shape.activation is Activation.GELU_TANH),
+            epsilon=shape.norm_epsilon,
+            attention_scale=shape.attention_scale,
+            attention_softcap=shape.attention_softcap or 0.0,
+            logit_softcap=shape.logit_softcap or 0.0,
+            embedding_scale=shape.embedding_scale,
+        )
+
+    def _layer(self, layer: TransformerLayer) -> binding.Layer:
+        half = layer.gate_up.shape[0] // 2
+        # A panel holds 16 columns of the gate and the same 16 of up: whoever has the one has the other.
+        columns = np.arange(padded(half, _LANES)).reshape(-1, 1, _LANES)
+        columns = np.where(columns < half, columns, -1)
+        joined = np.concatenate([columns, np.where(columns >= 0, columns + half, -1)], axis=1).reshape(-1)
+        return binding.Layer(
+            attention_norm=self._vector(layer.attention_norm),
+            query_norm=self._vector(layer.query_norm),
+            key_norm=self._vector(layer.key_norm),
+            post_attention_norm=self._vector(layer.post_attention_norm),
+            feed_forward_norm=self._vector(layer.feed_forward_norm),
+            post_feed_forward_norm=self._vector(layer.post_feed_forward_norm),
+            query_key_value=self._take(layer, "query_key_value"),
+            output=self._take(layer, "attention_output"),
+            gate_up=self._take(layer, "gate_up", joined),
+            down=self._take(layer, "down"),
+        )
+
+    def _take(self, layer: TransformerLayer, name: str, order: NDArray[np.int64] | None = None) -> binding.Linear:
+        """Packs a matrix of a layer and gives its memory back."""
+        weight: Tensor = getattr(layer, name)
+        packed = self._linear(weight.data, getattr(layer, f"{name}_bias"), order)
+        weight.data = weight.data.new_empty(0)
+        return packed
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, order: NDArray[np.int64] | None = None) -> binding.Linear:
+        """Packs [N, K]; `order` says which row is at each column, -1 for none."""
+        count, inner = weight.shape
+        order = np.arange(count) if order is None else order
+        columns = np.full(padded(len(order)), -1, np.int32)
+        columns[: len(order)] = order
+        scales = sums = None
+        if self._kind == _KINDS["int8"]:
+            weight, row_scales = quantize_rows(weight)
+            scales, sums = self._ordered(row_scales, columns), self._ordered(weight.sum(1, dtype=torch.int32), columns)
+        weight = weight.contiguous()
+        depth = padded(inner, _INNER_STEP)
+        panels = _memory(len(columns) * depth * weight.element_size())
+        address = ctypes.addressof(ctypes.c_char.from_buffer(panels))
+        self._kept.append(panels)
+        self._library.pack(
+            self._kind, weight.data_ptr(), columns.ctypes.data, len(columns) // PANEL, inner, depth, address
+        )
+        return binding.Linear(
+            panels=address,
+            scales=scales,
+            column_sums=sums,
+            bias=None if bias is None else self._ordered(bias.data, columns),
+            inner=depth,
+            panel_count=len(columns) // PANEL,
+        )
+
+    def _ordered(self, values: Tensor, columns: NDArray[np.int32]) -> int:
+        """Address of one value per column, zero where there is none."""
+        ordered = values[torch.from_numpy(columns).clamp(min=0).long()]
+        ordered[torch.from_numpy(columns < 0)] = 0
+        return self._keep(ordered)
+
+    def _vector(self, values: Tensor | None) -> int | None:
+        """Address of a norm's weights, with zeros up to a whole vector; None where there is none."""
+        if values is None:
+            return None
+        return self._keep(torch.nn.functional.pad(values.data.float(), (0, padded(len(values)) - len(values))))
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Address of a tensor that lives as long as this."""
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Zeros on large pages where the system has them: a step walks through all weights, and small pages cost a walk
+    through the page tables each."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
