@@ -1,7 +1,7 @@
 # The tasks of a checkout. The first use of any of them sets up .venv by itself.
 #
 #   make run       start a system on this machine and chat with it; FERMATA_PORT=0 and the like set it up
-#   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=2 runs in parallel
+#   make test      run the tests         TESTS=tests/unit runs a part, WORKERS=4 gives the unit tests more processes
 #   make check     lint, format, types, import directions, contracts and generated code
 #   make fix       repair what lint and format can repair
 #   make bench     measure what each hop costs, what Ray Serve costs, and what telemetry costs
@@ -20,8 +20,8 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
-TESTS ?= tests
-WORKERS ?=
+TESTS ?=
+WORKERS ?= 2
 MODEL ?=
 DOCUMENT ?=
 OPTIONS ?=
@@ -65,7 +65,14 @@ run: setup
 	@exec $(BIN)/fermata-server up --chat
 
 test: setup
-	@$(BIN)/python -m pytest -q $(if $(WORKERS),-n $(WORKERS)) $(TESTS)
+ifdef TESTS
+	@$(BIN)/python -m pytest -q $(TESTS)
+else
+	@echo 'test: the unit tests, in $(WORKERS) processes' >&2
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests/unit
+	echo 'test: whole systems, one after another' >&2
+	$(BIN)/python -m pytest -q --ignore tests/unit tests
+endif
 
 check: lint format types imports contracts alerts
 

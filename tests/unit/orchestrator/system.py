@@ -164,13 +164,17 @@ class Reading:
     async def until(self, count: int = 10**9, choice: int = 0, choices: int = 1) -> Reading:
         """Reads until it has `count` tokens of a choice, all choices have ended, or it was ended."""
         while self.error is None and len(self.terminals) < choices and len(self.ids[choice]) < count:
-            response = await asyncio.wait_for(self.call.read(), 15)
-            assert isinstance(response, pb.ReadResponse), "the stream broke"
-            self._take(response)
-            if self.acknowledges:
-                with contextlib.suppress(aio.AioRpcError, asyncio.InvalidStateError):  # it may just have been ended
-                    await self.call.write(pb.ReadRequest(acknowledged=response.sequence))
+            await self.read_message()
         return self
+
+    async def read_message(self) -> None:
+        """Reads one message, whatever it says."""
+        response = await asyncio.wait_for(self.call.read(), 15)
+        assert isinstance(response, pb.ReadResponse), "the stream broke"
+        self._take(response)
+        if self.acknowledges:
+            with contextlib.suppress(aio.AioRpcError, asyncio.InvalidStateError):  # it may just have been ended
+                await self.call.write(pb.ReadRequest(acknowledged=response.sequence))
 
     def leave(self) -> None:
         """Goes away without a word."""

@@ -20,6 +20,7 @@ from services.common.errors import (
     SessionBusy,
     SessionStoreUnavailable,
 )
+from services.orchestrator.readers import UNACKNOWLEDGED_LIMIT
 from services.orchestrator.v1 import orchestrator_pb2 as pb
 from tests.unit.orchestrator.fake_shard import FakeShard, expected_output
 from tests.unit.orchestrator.house import EXPECTED, House, cursor, failure, open_generation, read_all
@@ -318,12 +319,13 @@ async def test_silence_is_spoken(house: House) -> None:
 async def test_messages_grow_when_they_are_not_acknowledged(house: House) -> None:
     orchestrator = await house.orchestrator(window=400)
     name = await open_generation(orchestrator, max_tokens=400)
-    house.shard.pace = 0.001
+    house.shard.pace = 0.004  # slow enough for a message each
     reading = Reading(orchestrator, name, acknowledges=False)
-    await (await reading.start()).until(64)
-    before = len(reading.responses)
-    await asyncio.sleep(0.5)
-    assert before <= 65
+    await reading.start()
+    for _ in range(UNACKNOWLEDGED_LIMIT):
+        await reading.read_message()
+    await asyncio.sleep(0.5)  # some hundred tokens that no message brings
+    assert len(reading.ids[0]) < 400
     reading.acknowledges = True
     await reading.call.write(pb.ReadRequest(acknowledged=reading.responses[-1].sequence))
     await reading.until()

@@ -5,6 +5,10 @@
 // ranges. A phase is over when its items are done, not when all threads have come: a thread that has lost its core to
 // another process is waited for only if it holds an item. It may come to a phase, or to the whole step, when all is
 // done: it then finds nothing to do, runs through the rest of the program and waits for the next step.
+// A thread that lost its core within an item is what costs most, as the others then wait for all the time that it is
+// away. So threads give way by themselves every few items, when they hold none, to whoever waits for their core: the
+// services beside, whose bursts of a millisecond per step would otherwise fall into items. They give at most a part of
+// their time (`Turn`); a neighbour that computes all the time gets no more than it would from the operating system.
 // Who computes an item changes no bit of it. Waiting threads spin for a moment, then yield; between steps they sleep.
 //
 // Knows numbers of items; nothing of what they are.
@@ -13,12 +17,15 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace fermata {
@@ -30,6 +37,38 @@ inline void pause_briefly() {
   asm volatile("yield");
 #endif
 }
+
+// Time that passes: half to a third of a nanosecond where the processor counts, which takes a sixth of asking a clock.
+inline int64_t ticks() {
+#if defined(__x86_64__)
+  return static_cast<int64_t>(__builtin_ia32_rdtsc());
+#else
+  return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
+
+// When a thread gives way next. What others may take in its turns is paid from an allowance that grows with time.
+class alignas(64) Turn {
+ public:
+  bool is_over() const { return ticks() - began_ > kLength; }
+
+  void give_way() {
+    const int64_t now = ticks();
+    allowance_ = std::min(kMost, allowance_ + (now - began_) / kShare);
+    began_ = now;
+    if (allowance_ < 0) return;
+    sched_yield();
+    began_ = ticks();
+    allowance_ -= began_ - now;
+  }
+
+ private:
+  static constexpr int64_t kLength = 200'000;  // a few items
+  static constexpr int64_t kMost = 20'000'000;
+  static constexpr int64_t kShare =
+      8;  // an eighth: the services beside take about that, a neighbour that computes all it gets
+  int64_t began_ = 0, allowance_ = 0;
+};
 
 // A thread on its way through the phases of a step.
 struct Worker {
@@ -47,7 +86,8 @@ class Team {
         enter_(std::move(enter)),
         program_(std::move(program)),
         next_(new Counter[static_cast<size_t>(size) * phases]),
-        done_(new Counter[phases]) {
+        done_(new Counter[phases]),
+        turns_(new Turn[size]) {
     for (int thread = 1; thread < size; ++thread) workers_.emplace_back([this, thread] { work(thread); });
   }
 
@@ -93,7 +133,13 @@ class Team {
       const int owner = (worker.thread + turn) % size_;
       const int first = begin_of(owner, count), size = begin_of(owner + 1, count) - first;
       Counter& next = next_[static_cast<size_t>(number) * size_ + owner];
-      for (int index; (index = take(next, worker.step, size)) >= 0; ++finished) item(first + index);
+      for (int index; (index = take(next, worker.step, size)) >= 0;) {
+        item(first + index);
+        ++finished;
+        if (size_ == 1 || !turns_[worker.thread].is_over()) continue;
+        add(done_[number], worker.step, std::exchange(finished, 0));
+        turns_[worker.thread].give_way();
+      }
     }
     if (finished > 0) add(done_[number], worker.step, finished);
     for (int spins = 0; !is_done(done_[number], worker.step, count); ++spins)
@@ -173,6 +219,7 @@ class Team {
   const std::function<void(int)> enter_;
   const std::function<void(Worker&)> program_;
   const std::unique_ptr<Counter[]> next_, done_;
+  const std::unique_ptr<Turn[]> turns_;
   alignas(64) std::atomic<uint32_t> step_{0};
   std::atomic<bool> stopping_{false};
   int sleepers_ = 0;
