@@ -163,7 +163,8 @@ def _shown(name: str, count: int) -> Callable[[int], None]:
     """Shows the progress of one kind of task on one line."""
 
     def show(done: int) -> None:
-        print(f"\r{name}: {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
+        if done == count or sys.stderr.isatty():
+            print(f"\r{name}: {done}/{count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
 
     return show
 

@@ -198,7 +198,8 @@ def _hardware() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{torch.get_num_threads()} threads of {names[0] if names else platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"{threads} {'thread' if threads == 1 else 'threads'} of {names[0] if names else platform.machine()}"
 
 
 def main(arguments: list[str] | None = None) -> None:
