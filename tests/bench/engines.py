@@ -46,7 +46,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=SHAPES, default="smollm2-135m", help="shape of the model")
     parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="which, separated by commas")
-    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="sequences per step of decode")
+    batches = ",".join(map(str, BATCHES))
+    parser.add_argument("--batches", default=batches, help="sequences per step of decode; '' leaves decode out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of each engine, and of the probes")
     parser.add_argument("--contexts", action="store_true", help="this engine over the length of the context, too")
@@ -58,7 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if unknown := set(chosen) - set(known):
             parser.error(f"--{name}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         setattr(options, name, chosen)
-    options.batches = [int(batch) for batch in options.batches.split(",")]
+    options.batches = [int(batch) for batch in options.batches.split(",") if batch]
     return options
 
 
@@ -68,10 +69,11 @@ def tasks(batches: list[int]) -> list[Task]:
     return [*decode, Task(kind=Kind.PREFILL, batch=1, prompt=PREFILL)]
 
 
-def context_tasks() -> list[Task]:
+def context_tasks(common: list[Task]) -> list[Task]:
     """What this engine does besides: a token behind a context, with its KV cache and by computing all of it again."""
     cached = [Task(kind=Kind.DECODE, batch=1, prompt=length, tokens=CONTEXT_OUTPUT) for length in CONTEXTS]
-    return [*cached, *(Task(kind=Kind.PREFILL, batch=1, prompt=length) for length in CONTEXTS)]
+    again = [Task(kind=Kind.PREFILL, batch=1, prompt=length) for length in CONTEXTS]
+    return [task for task in (*cached, *again) if task not in common]
 
 
 class Bench:
@@ -101,8 +103,9 @@ class Bench:
         self._bandwidth.close()
 
     def _round(self, precision: str, number: int) -> None:
-        special = context_tasks() if self._options.contexts else []
-        for task in [*tasks(self._options.batches), *special]:
+        common = tasks(self._options.batches)
+        special = context_tasks(common) if self._options.contexts else []
+        for task in [*common, *special]:
 
             def measure(engine: HostedEngine, task: Task = task) -> None:
                 if task not in special or engine.engine.name == OURS:

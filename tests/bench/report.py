@@ -105,15 +105,31 @@ class Precision:
 
     def over_context(self) -> Panel | None:
         """Milliseconds for the next token over the context, of this engine, with its KV cache and without."""
-        series: dict[str, list[tuple[float, float]]] = {"with KV cache": [], "everything computed again": []}
-        for task in sorted({row.task for row in self._rows}, key=lambda task: task.prompt):
-            rows = self.of(OURS, task)
-            if task.batch == 1 and rows:
-                name = "with KV cache" if task.kind is Kind.DECODE else "everything computed again"
-                series[name].append((task.prompt, 1e3 * statistics.median(row.step_seconds for row in rows)))
-        if min(map(len, series.values())) < 2:
+        series = self._over_context()
+        return Panel(f"{OURS}, {self.name}: ms for the next token over context", series) if series else None
+
+    def over_context_table(self) -> Table | None:
+        """The same in figures."""
+        series = self._over_context()
+        if not series:
             return None
-        return Panel(f"{OURS}, {self.name}: ms for the next token over context", series)
+        lengths = [length for length, _ in next(iter(series.values()))]
+        rows = [[name, *(f"{milliseconds:.1f}" for _, milliseconds in points)] for name, points in series.items()]
+        head = ["tokens of context", *(f"{length:.0f}" for length in lengths)]
+        return Table(f"{self.model}, {self.name}: {OURS}, ms for the next token", [head, *rows])
+
+    def _over_context(self) -> dict[str, list[tuple[float, float]]]:
+        """(tokens of context, milliseconds) of both ways, at the lengths that both were measured at."""
+        found: dict[Kind, dict[float, float]] = {Kind.DECODE: {}, Kind.PREFILL: {}}
+        shortest = min((row.task.tokens for row in self._rows if row.task.kind is Kind.DECODE), default=0)
+        for task in {row.task for row in self._rows if row.task.kind is Kind.PREFILL or row.task.tokens == shortest}:
+            if task.batch == 1 and (rows := self.of(OURS, task)):
+                found[task.kind][task.prompt] = 1e3 * statistics.median(row.step_seconds for row in rows)
+        lengths = sorted(found[Kind.DECODE].keys() & found[Kind.PREFILL].keys())
+        if len(lengths) < 2:
+            return {}
+        names = {"with KV cache": Kind.DECODE, "everything computed again": Kind.PREFILL}
+        return {name: [(length, found[kind][length]) for length in lengths] for name, kind in names.items()}
 
     def _rate_row(self, engine: str) -> list[str]:
         cells = [self._rate(engine, task) for task in self.tasks()]
@@ -151,7 +167,12 @@ def make(file: RowFile, options: argparse.Namespace) -> None:
     if not parts:
         print("there are no rows")
         return
-    tables = [table for part in parts for table in (part.rates(), part.ratios()) if table is not None]
+    tables = [
+        table
+        for part in parts
+        for table in (part.rates(), part.ratios(), part.over_context_table())
+        if table is not None
+    ]
     head = _head([row for row in rows if row.model == options.model], runs)
     reasons = [f"{name}: {why} ({precision})" for name in ENGINES for precision, why in ENGINES[name].not_counted]
     legend = LEGEND + "; ".join(reasons) + ".\n"

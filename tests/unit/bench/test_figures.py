@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import charts, figures, report
+from tests.bench import charts, engines, figures, report
 from tests.bench.figures import Kind, Row, Task
 from tests.bench.peers.registry import ENGINES, FORMS, OURS, PRECISIONS
 from tests.bench.peers.shapes import SHAPES, Shape
@@ -124,6 +124,17 @@ def test_every_engine_loads_forms_that_can_be_made() -> None:
         assert (Path(report.__file__).parent / "peers" / f"{engine.module}.py").is_file()
 
 
+# --- what is measured
+
+
+def test_others_are_asked_for_all_that_is_compared_whatever_this_engine_does_besides() -> None:
+    common = engines.tasks([1, 8])
+    special = engines.context_tasks(common)
+    assert not set(common) & set(special)
+    lengths = {kind: {task.prompt for task in (*common, *special) if task.kind is kind} for kind in Kind}
+    assert lengths[Kind.DECODE] == lengths[Kind.PREFILL] == set(engines.CONTEXTS)
+
+
 # --- the report
 
 
@@ -153,6 +164,8 @@ def test_the_report_is_made_of_the_file_alone(tmp_path: Path, capsys: pytest.Cap
     assert "two cores" in printed
     assert "| openvino | " in (tmp_path / "engines-smollm2-135m.md").read_text()
     assert lines["the"] == ["the", "best", "of", "each", "round", "2.00", "2.00", "1.00"]
+    assert lines["with"] == ["with", "KV", "cache", "79.4", "79.4"]
+    assert lines["everything"] == ["everything", "computed", "again", "500.0", "500.0"]
     assert "* (" in next(line for line in printed.splitlines() if line.startswith("llama.cpp"))
     picture = ElementTree.parse(tmp_path / "engines-smollm2-135m.svg")
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
