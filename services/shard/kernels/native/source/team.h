@@ -8,7 +8,7 @@
 // A thread that lost its core within an item is what costs most, as the others then wait for all the time that it is
 // away. So threads give way by themselves every few items, when they hold none, to whoever waits for their core: the
 // services beside, whose bursts of a millisecond per step would otherwise fall into items. They give at most a part of
-// their time (`Turn`); a neighbour that computes all the time gets no more than it would from the operating system.
+// their time (`Turn`), because a neighbour that computes all the time takes whatever it is given.
 // Who computes an item changes no bit of it. Waiting threads spin for a moment, then yield; between steps they sleep.
 //
 // Knows numbers of items; nothing of what they are.
@@ -65,8 +65,7 @@ class alignas(64) Turn {
  private:
   static constexpr int64_t kLength = 200'000;  // a few items
   static constexpr int64_t kMost = 20'000'000;
-  static constexpr int64_t kShare =
-      8;  // an eighth: the services beside take about that, a neighbour that computes all it gets
+  static constexpr int64_t kShare = 8;  // one part in eight: about what the services beside need
   int64_t began_ = 0, allowance_ = 0;
 };
 
