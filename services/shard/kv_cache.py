@@ -11,7 +11,6 @@ Knows tensors and block numbers; nothing of sequences, prefixes or models.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from services.shard import large_memory
 from services.shard.models.architecture import Architecture
 
 _SHARE_OF_FREE_MEMORY = 0.25
@@ -48,8 +48,22 @@ class KeyValueCache:
     ) -> None:
         self.block_count, self.dtype = block_count, dtype
         keys, values = (block_count, kv_heads, head_size, block_size), (block_count, kv_heads, block_size, head_size)
-        self.keys = [_untouched(keys, dtype, device) for _ in range(layers)]
-        self.values = [_untouched(values, dtype, device) for _ in range(layers)]
+        self._populator: large_memory.Populator | None = None
+        if device != "cpu":
+            self.keys, self.values = (
+                [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for shape in (keys, values)
+            )
+        else:  # `torch.zeros` would write all of it at once
+            memories = [large_memory.zeros(dtype.itemsize * math.prod(keys)) for _ in range(2 * layers)]
+            pools = [torch.frombuffer(memory, dtype=dtype) for memory in memories]
+            self.keys = [pool.view(keys) for pool in pools[::2]]
+            self.values = [pool.view(values) for pool in pools[1::2]]
+            self._populator = large_memory.Populator(memories, block_count)
+
+    def reach(self, block: int) -> None:
+        """Says that the blocks up to this one are in use, so that the memory of the next ones can be made ready."""
+        if self._populator:
+            self._populator.reach(block)
 
     def write(self, layer: int, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores key and value [R, kv_heads, D] of R positions, given by block and slot (int64 [R])."""
@@ -71,16 +85,6 @@ class KeyValueCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[blocks, :, :, slots] = torch.nan
             values[blocks, :, slots] = 0.0
-
-
-def _untouched(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
-    """Zeros that take no memory until they are written: on the CPU `torch.zeros` writes them at once."""
-    if device != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, dtype.itemsize * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # attention jumps from page to page; small ones cost a walk each
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def block_bytes(

@@ -94,6 +94,7 @@ class Runner:
         self._kernels.cache.copy(batch.copies)
         if not batch.chunks:
             return Logits(torch.empty(0, self.vocabulary_size))
+        self._kernels.cache.reach(max(chunk.block_table[-1] for chunk in batch.chunks))
         if batch.rows:
             wanted = [sampling.reads_logits(row) for row in batch.rows]
         else:

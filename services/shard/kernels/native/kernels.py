@@ -8,7 +8,6 @@ Knows the model's parameters and the library's structures; nothing of sequences,
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.shard import large_memory
 from services.shard.kernels.interface import Logits
 from services.shard.kernels.native import binding
 from services.shard.kernels.native.layout import lay_out
@@ -40,8 +40,6 @@ caches. No result depends on it."""
 _KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 PAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 """What keys and values are kept in."""
-
-_HUGE_PAGE = 2 << 20
 
 
 def padded(size: int, multiple: int = PANEL) -> int:
@@ -197,8 +195,8 @@ class NativeKernels:
             scales, sums = self._ordered(row_scales, columns), self._ordered(weight.sum(1, dtype=torch.int32), columns)
         weight = weight.contiguous()
         depth = padded(inner, _INNER_STEP)
-        panels = _memory(len(columns) * depth * weight.element_size())
-        address = ctypes.addressof(ctypes.c_char.from_buffer(panels))
+        panels = large_memory.zeros(len(columns) * depth * weight.element_size())
+        address = large_memory.address(panels)
         self._kept.append(panels)
         self._library.pack(
             self._kind, weight.data_ptr(), columns.ctypes.data, len(columns) // PANEL, inner, depth, address
@@ -229,12 +227,3 @@ class NativeKernels:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def _memory(size: int) -> mmap.mmap:
-    """Zeros on large pages where the system has them: a step walks through all weights, and small pages cost a walk
-    through the page tables each."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
