@@ -1,4 +1,4 @@
-"""Large private memory: on large pages, and resident before anybody needs it.
+"""Large private memory: on large pages, side by side, and resident before anybody needs it.
 
 Knows bytes; nothing of what is kept in them.
 """
@@ -10,7 +10,8 @@ import mmap
 import threading
 from collections.abc import Sequence
 
-_PAGE = 2 << 20
+_PAGE, _LINE = 2 << 20, 64
+_CHUNK = 64 << 20
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (madvise(2), Linux 5.14), which `mmap` has no name for."""
 _AHEAD = 32 << 20
@@ -29,6 +30,26 @@ def zeros(size: int) -> mmap.mmap:
 def address(memory: mmap.mmap) -> int:
     """Where it begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class Arena:
+    """Zeros that live as long as this, side by side: a matrix of less than a large page, or the rest of one that is
+    larger, would otherwise lie on small ones."""
+
+    def __init__(self) -> None:
+        self._memories: list[mmap.mmap] = []
+        self._next = self._left = 0
+
+    def take(self, size: int) -> int:
+        """Address of so many bytes, on a cache line's boundary."""
+        size = -(-size // _LINE) * _LINE
+        if size > self._left:
+            self._memories.append(zeros(max(size, _CHUNK)))
+            self._next, self._left = address(self._memories[-1]), len(self._memories[-1])
+        place = self._next
+        self._next += size
+        self._left -= size
+        return place
 
 
 class Populator:

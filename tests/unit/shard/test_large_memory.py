@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from itertools import pairwise
 
 import pytest
 
 from services.shard import large_memory
-from services.shard.large_memory import Populator, zeros
+from services.shard.large_memory import Arena, Populator, zeros
 
 SIZE, PARTS = 64 << 20, 32
 PART = SIZE // PARTS
@@ -85,3 +86,14 @@ def test_a_system_that_cannot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     populator.reach(0)
     populator.wait()
     assert not memory[0]
+
+
+def test_what_an_arena_gives_is_zero_apart_and_aligned() -> None:
+    arena, sizes = Arena(), [1, 64, 100, 3 << 20, 70 << 20, 5, 63 << 20, 2 << 20]
+    places = [arena.take(size) for size in sizes]
+    assert all(place % 64 == 0 for place in places)
+    spans = sorted(zip(places, sizes, strict=True))
+    assert all(first + size <= second for (first, size), (second, _) in pairwise(spans))
+    for place, size in spans:
+        assert ctypes.string_at(place, size) == bytes(size)
+    assert places[3] - places[2] < 256, "side by side, so that they share large pages"

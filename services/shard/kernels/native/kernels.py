@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from services.shard import large_memory
 from services.shard.kernels.interface import Logits
 from services.shard.kernels.native import binding
 from services.shard.kernels.native.layout import lay_out
 from services.shard.kernels.quantize import quantize_rows
 from services.shard.kv_cache import KeyValueCache
+from services.shard.large_memory import Arena
 from services.shard.models.architecture import Activation
 from services.shard.models.transformer import Transformer, TransformerLayer
 from services.shard.scheduler import Batch
@@ -82,6 +82,7 @@ class NativeKernels:
         self._vocabulary_size = shape.vocabulary_size
         self._tile_tokens = max(1, _TILE_ROWS // (shape.head_count // shape.kv_head_count))
         self._kept: list[object] = []
+        self._panels = Arena()
         self.cache = KeyValueCache(
             shape.layer_count, block_count, block_size, shape.kv_head_count, padded(shape.head_size),
             dtype=PAGES[dtype],
@@ -195,14 +196,12 @@ class NativeKernels:
             scales, sums = self._ordered(row_scales, columns), self._ordered(weight.sum(1, dtype=torch.int32), columns)
         weight = weight.contiguous()
         depth = padded(inner, _INNER_STEP)
-        panels = large_memory.zeros(len(columns) * depth * weight.element_size())
-        address = large_memory.address(panels)
-        self._kept.append(panels)
+        panels = self._panels.take(len(columns) * depth * weight.element_size())
         self._library.pack(
-            self._kind, weight.data_ptr(), columns.ctypes.data, len(columns) // PANEL, inner, depth, address
+            self._kind, weight.data_ptr(), columns.ctypes.data, len(columns) // PANEL, inner, depth, panels
         )
         return binding.Linear(
-            panels=address,
+            panels=panels,
             scales=scales,
             column_sums=sums,
             bias=None if bias is None else self._ordered(bias.data, columns),

@@ -124,11 +124,11 @@ void attend(const Pages<Element>& pages, const Element* queries, int rows, int g
       const int32_t* const block = pages.table + (base + column) / page;
       const Element* keys = pages.keys + pages.page_stride * block[0];
       const long bytes = static_cast<long>(page) * head * sizeof(Element);
-      prefetch(pages.values + pages.page_stride * block[0], bytes);
-      if (column + page < end) prefetch(pages.keys + pages.page_stride * block[1], bytes);
+      prefetch(pages.values + pages.page_stride * block[0], 0, bytes);
+      if (column + page < end) prefetch(pages.keys + pages.page_stride * block[1], 0, bytes);
       for (int panel = 0; panel < page; panel += kPanel, keys += kPanel * kPair<Element>)
         multiply(rows, head, queries, head, &keys, 1, page * kPair<Element>, scratch.scores.data() + column + panel,
-                 kSplit, nullptr);
+                 kSplit, false);
     }
     for (int row = 0; row < rows; ++row) {
       const int position = positions[row / group];
@@ -143,7 +143,7 @@ void attend(const Pages<Element>& pages, const Element* queries, int rows, int g
       values[count++] = pages.values + pages.page_stride * pages.table[(base + column) / page];
     for (int panel = 0; panel < head; panel += kPanel) {
       multiply(rows, page, scratch.weights.data() + begin, kSplit, values, count, head * kPair<Element>,
-               scratch.part.data() + panel, head, nullptr);
+               scratch.part.data() + panel, head, false);
       for (int segment = 0; segment < count; ++segment) values[segment] += kPanel * kPair<Element>;
     }
     merge(scratch, rows, head);

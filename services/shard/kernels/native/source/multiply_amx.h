@@ -47,12 +47,17 @@ class TileShape {
   static_assert(sizeof(Configuration) == 64);
 };
 
-// The product of `multiply`; `ahead` is a panel of as many lines that will be read next, or null.
+// As `kAhead`, but lines are used, and asked for, two kilobytes at a time.
+constexpr long kAheadOfTiles = 3584;
+
+// The product of `multiply`.
 // Tiles 0 and 1: sums of the upper rows, left and right columns; 2 and 3: of the lower rows; 4 and 5: rows of A;
 // 6 and 7: columns of B.
 inline void multiply_amx(int rows, int inner, const BFloat16* a, int a_stride, const BFloat16* const* segments,
-                         int segment_count, int b_stride, float* c, int c_stride, const void* ahead) {
+                         int segment_count, int b_stride, float* c, int c_stride, bool streamed) {
   constexpr int kTile = 16, kDepth = 32;
+  // Few rows wait for memory. More of them take so long that the panel behind this one can come meanwhile.
+  const long ahead = rows <= kTile ? kAheadOfTiles : 64L * inner;
   const long a_bytes = 2L * a_stride, b_bytes = 2L * b_stride, c_bytes = 4L * c_stride;
   for (int first = 0; first < rows; first += 2 * kTile) {
     const int count = rows - first < 2 * kTile ? rows - first : 2 * kTile;
@@ -71,7 +76,7 @@ inline void multiply_amx(int rows, int inner, const BFloat16* a, int a_stride, c
       for (int k = 0; k < inner; k += kDepth, lines += kDepth / 2 * b_stride) {
         _tile_loadd(6, lines, b_bytes);
         _tile_loadd(7, lines + 2 * kLanes, b_bytes);
-        if (ahead != nullptr && first == 0) prefetch(static_cast<const char*>(ahead) + 64L * k, 64L * kDepth);
+        if (streamed && first == 0) prefetch(lines, ahead, 64L * kDepth);
         _tile_loadd(4, above + k, a_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);

@@ -15,6 +15,9 @@ constexpr int kQuad = 4;  // elements that a lane multiplies at a time
 constexpr int kOffset = 32768;
 constexpr float kLargest = 32512.0f;  // 127 * 256: what the largest element of a row becomes
 
+constexpr int kFewRows = 4;                                     // their sums stay in registers
+constexpr long kAheadOfBytes = 4096, kAheadOfByteTiles = 7168;  // as `kAhead`
+
 // Rows in two planes of unsigned bytes.
 struct Planes {
   const uint8_t* high;
@@ -22,11 +25,11 @@ struct Planes {
 };
 
 template <int Rows>
-inline void add_bytes(int inner, Planes a, int a_stride, const int8_t* b, const char* ahead, Integers (&high)[Rows][2],
+inline void add_bytes(int inner, Planes a, int a_stride, const int8_t* b, bool streamed, Integers (&high)[Rows][2],
                       Integers (&low)[Rows][2]) {
   for (int k = 0; k < inner; k += kQuad) {
     const int8_t* line = b + static_cast<long>(k) * kPanel;
-    if (ahead != nullptr) prefetch(ahead + static_cast<long>(k) * kPanel, kQuad * kPanel);
+    if (streamed) prefetch(line, kAheadOfBytes, kQuad * kPanel);
     Integers weights[2];
     std::memcpy(weights, line, sizeof weights);
 #pragma GCC unroll 16
@@ -61,11 +64,11 @@ inline void store_joined(float* c, Integers high, Integers low, Integers column_
 
 template <int Rows>
 inline void multiply_bytes_at_most(int rows, int inner, Planes a, int a_stride, const int8_t* b,
-                                   const int32_t* column_sums, float* c, const char* ahead) {
+                                   const int32_t* column_sums, float* c, bool streamed) {
   for (; rows >= Rows; rows -= Rows) {
     Integers high[Rows][2] = {}, low[Rows][2] = {}, sums[2];
-    add_bytes<Rows>(inner, a, a_stride, b, ahead, high, low);
-    ahead = nullptr;
+    add_bytes<Rows>(inner, a, a_stride, b, streamed, high, low);
+    streamed = false;
     std::memcpy(sums, column_sums, sizeof sums);
     for (int row = 0; row < Rows; ++row)
       for (int half = 0; half < 2; ++half)
@@ -75,7 +78,7 @@ inline void multiply_bytes_at_most(int rows, int inner, Planes a, int a_stride, 
     c += static_cast<long>(Rows) * kPanel;
   }
   if constexpr (Rows > 1) {
-    if (rows > 0) multiply_bytes_at_most<Rows / 2>(rows, inner, a, a_stride, b, column_sums, c, ahead);
+    if (rows > 0) multiply_bytes_at_most<Rows / 2>(rows, inner, a, a_stride, b, column_sums, c, streamed);
   }
 }
 
@@ -83,7 +86,7 @@ inline void multiply_bytes_at_most(int rows, int inner, Planes a, int a_stride, 
 // Tiles 0 and 1: high sums, left and right columns; 2 and 3: low sums; 4 and 5: high and low bytes of the same rows;
 // 6 and 7: columns of B.
 inline void multiply_bytes_amx(int rows, int inner, Planes a, int a_stride, const int8_t* b, const int32_t* column_sums,
-                               float* c, const void* ahead) {
+                               float* c, bool streamed) {
   constexpr int kTile = 16, kDepth = 64;
   alignas(64) int32_t high[kTile][kPanel], low[kTile][kPanel];
   Integers sums[2];
@@ -99,7 +102,7 @@ inline void multiply_bytes_amx(int rows, int inner, Planes a, int a_stride, cons
       const int8_t* lines = b + static_cast<long>(k) * kPanel;
       _tile_loadd(6, lines, kQuad * kPanel);
       _tile_loadd(7, lines + kQuad * kLanes, kQuad * kPanel);
-      if (ahead != nullptr && first == 0) prefetch(static_cast<const char*>(ahead) + 32L * k, 32L * kDepth);
+      if (streamed && first == 0) prefetch(lines, kAheadOfByteTiles, 32L * kDepth);
       _tile_loadd(4, a.high + static_cast<long>(first) * a_stride + k, a_stride);
       _tile_loadd(5, a.low + static_cast<long>(first) * a_stride + k, a_stride);
       _tile_dpbusd(0, 4, 6);
@@ -122,15 +125,15 @@ inline void multiply_bytes_amx(int rows, int inner, Planes a, int a_stride, cons
 }
 #endif
 
-// C[rows][32] = A * B with A in two planes and B a panel of bytes whose columns sum up to `column_sums`; for `ahead`
-// see `multiply`.
+// C[rows][32] = A * B with A in two planes and B a panel of bytes whose columns sum up to `column_sums`; for `streamed`
+// see `multiply`. Few rows leave tiles empty: vectors, which ask for memory line by line, are faster then, and the
+// sums, being exact, are the same.
 inline void multiply_bytes(int rows, int inner, Planes a, int a_stride, const int8_t* b, const int32_t* column_sums,
-                           float* c, const void* ahead) {
+                           float* c, bool streamed) {
 #if defined(FERMATA_AMX)
-  multiply_bytes_amx(rows, inner, a, a_stride, b, column_sums, c, ahead);
-#else
-  multiply_bytes_at_most<4>(rows, inner, a, a_stride, b, column_sums, c, static_cast<const char*>(ahead));
+  if (rows > kFewRows) return multiply_bytes_amx(rows, inner, a, a_stride, b, column_sums, c, streamed);
 #endif
+  multiply_bytes_at_most<kFewRows>(rows, inner, a, a_stride, b, column_sums, c, streamed);
 }
 
 }  // namespace fermata

@@ -66,9 +66,9 @@ class Operand {
     for (int column = 0; column < count; column += kLanes) put(row, column, load(values + column));
   }
 
-  void multiply_panel(const Linear& linear, int panel, int first, int rows, float* sums, const void* ahead) const {
+  void multiply_panel(const Linear& linear, int panel, int first, int rows, float* sums, bool streamed) const {
     const Weight* const lines = static_cast<const Weight*>(panel_of<Weight>(linear, panel));
-    multiply(rows, linear.inner, at(first), stride_, &lines, 1, kPanel * kPair<Weight>, sums, kPanel, ahead);
+    multiply(rows, linear.inner, at(first), stride_, &lines, 1, kPanel * kPair<Weight>, sums, kPanel, streamed);
   }
 
  private:
@@ -115,11 +115,11 @@ class Operand<int8_t> {
     }
   }
 
-  void multiply_panel(const Linear& linear, int panel, int first, int rows, float* sums, const void* ahead) const {
+  void multiply_panel(const Linear& linear, int panel, int first, int rows, float* sums, bool streamed) const {
     const int8_t* const lines = static_cast<const int8_t*>(panel_of<int8_t>(linear, panel));
     const size_t begin = static_cast<size_t>(first) * stride_;
     multiply_bytes(rows, linear.inner, {high_.data() + begin, low_.data() + begin}, stride_, lines,
-                   linear.column_sums + panel * kPanel, sums, ahead);
+                   linear.column_sums + panel * kPanel, sums, streamed);
     const Floats left = load(linear.scales + panel * kPanel), right = load(linear.scales + panel * kPanel + kLanes);
     for (int row = 0; row < rows; ++row) {
       float* const target = sums + row * kPanel;

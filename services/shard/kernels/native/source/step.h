@@ -53,7 +53,8 @@ class TypedStepper final : public Stepper {
  private:
   static constexpr int kMostPhases = 12, kOtherPhases = 8;  // of a layer; around the layers
   static constexpr int kRows = 32;                          // rows that meet a panel at a time
-  static constexpr size_t kOperandBytes = 1 << 20;          // rows of an operand that stay in the second-level cache
+  static constexpr long kFollowing = 4096;          // bytes of the next matrix that are asked for before its phase
+  static constexpr size_t kOperandBytes = 1 << 20;  // rows of an operand that stay in the second-level cache
 
   void reserve(const StepLayout& step) {
     const int rows = step.rows;
@@ -165,7 +166,7 @@ class TypedStepper final : public Stepper {
   }
 
   // `take(row, column, left, right)` gets the products of each row with 32 columns, bias included. Weights are one
-  // stream from memory: behind the last panel of a thread comes the first of the `following` matrix.
+  // stream from memory: behind the last panel of a thread comes its first of the `following` matrix.
   template <class Take>
   void multiply_rows_by(Worker& worker, const Operand<Weight>& operand, int rows, const Linear& linear,
                         const Linear* following, const Take& take) {
@@ -173,10 +174,6 @@ class TypedStepper final : public Stepper {
     const int block = std::max(kRows, fitting / kRows * kRows), blocks = (rows + block - 1) / block;
     const int own_end = team_.begin_of(worker.thread + 1, blocks * linear.panel_count);
     team_.phase(worker, blocks * linear.panel_count, [&](int item) {
-      const void* ahead = item + 1 != own_end ? panel_of<Weight>(linear, (item + 1) % linear.panel_count)
-                          : following != nullptr
-                              ? panel_of<Weight>(*following, team_.begin_of(worker.thread, following->panel_count))
-                              : nullptr;
       const int panel = item % linear.panel_count, begin = item / linear.panel_count * block;
       const int end = std::min(rows, begin + block), column = panel * kPanel;
       const Floats left = linear.bias != nullptr ? load(linear.bias + column) : Floats{};
@@ -184,10 +181,12 @@ class TypedStepper final : public Stepper {
       for (int first = begin; first < end; first += kRows) {
         alignas(64) float sums[kRows * kPanel];
         const int count = std::min(kRows, end - first);
-        operand.multiply_panel(linear, panel, first, count, sums, first == begin ? ahead : nullptr);
+        operand.multiply_panel(linear, panel, first, count, sums, first == begin);
         for (int row = 0; row < count; ++row)
           take(first + row, column, load(sums + row * kPanel) + left, load(sums + row * kPanel + kLanes) + right);
       }
+      if (item + 1 == own_end && following != nullptr)
+        prefetch(panel_of<Weight>(*following, team_.begin_of(worker.thread, following->panel_count)), 0, kFollowing);
     });
   }
 

@@ -85,10 +85,11 @@ inline BFloat16 round_to<BFloat16>(float value) {
   return BFloat16{narrow(all(value))[0]};
 }
 
-// Asks for memory that will be read soon, into the second-level cache.
-inline void prefetch(const void* source, long bytes) {
-  for (long offset = 0; offset < bytes; offset += 64)
-    __builtin_prefetch(static_cast<const char*>(source) + offset, 0, 2);
+// Asks for so many bytes of memory that will be read soon, from so far behind a place on, into the second-level cache.
+// Whether there is any memory is all the same.
+inline void prefetch(const void* place, long ahead, long bytes) {
+  for (long offset = ahead; offset < ahead + bytes; offset += 64)
+    __builtin_prefetch(static_cast<const char*>(place) + offset, 0, 2);
 }
 
 typedef float Floats8 __attribute__((vector_size(32)));
