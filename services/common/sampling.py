@@ -104,12 +104,12 @@ def draw(logits: Array, rows: Sequence[Row], *, best: Sequence[int] | None = Non
     Raises:
         TypeError: the logits are not float32.
     """
-    xp, logits = _resident(xp, logits)
-    if best is None or all(map(reads_logits, rows)):
-        return _draw(xp, logits, rows)
-    read = [index for index, row in enumerate(rows) if reads_logits(row)]
+    read = [index for index, row in enumerate(rows) if best is None or reads_logits(row)]
+    if best is None or len(read) == len(rows):
+        return _draw(*_resident(xp, logits), rows)
     drawn = Drawn(list(best), [math.nan] * len(rows), [[] for _ in rows])
     if read:
+        xp, logits = _resident(xp, logits)
         part = _draw(xp, logits[xp.asarray(read, device=array_api_compat.device(logits))], [rows[i] for i in read])
         for i, index in enumerate(read):
             drawn.token_ids[index], drawn.logprobs[index] = part.token_ids[i], part.logprobs[i]

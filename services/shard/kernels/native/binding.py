@@ -6,7 +6,7 @@ Knows signatures; nothing of models.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_void_p
 from pathlib import Path
 
 
@@ -72,25 +72,18 @@ class Model(Structure):
     )
 
 
-class StepLayout(Structure):
-    """Where everything of a step lies."""
+class Step(Structure):
+    """The chunks of a step, of four int32 each, and where its results go."""
 
     _fields_ = (
+        ("chunks", c_void_p),
         ("token_ids", c_void_p),
-        ("positions", c_void_p),
-        ("row_blocks", c_void_p),
         ("tables", c_void_p),
-        ("tile_first_row", c_void_p),
-        ("tile_row_count", c_void_p),
-        ("tile_table", c_void_p),
-        ("drawn_rows", c_void_p),
-        ("wants_logits", c_void_p),
+        ("wants_logits", c_char_p),
         ("logits", c_void_p),
         ("best", c_void_p),
         ("finite", c_void_p),
-        ("rows", c_int32),
-        ("tiles", c_int32),
-        ("drawn", c_int32),
+        ("chunk_count", c_int32),
         ("unused", c_int32),
     )
 
@@ -118,7 +111,8 @@ class Library:
         self.create = library.fermata_create
         self.create.argtypes, self.create.restype = [POINTER(Model), c_int32], c_void_p
         self.forward = library.fermata_forward
-        self.forward.argtypes = [c_void_p, POINTER(StepLayout)]
+        self.forward.restype = c_int32
+        self.forward.argtypes = [c_void_p, POINTER(Step)]
         self.destroy = library.fermata_destroy
         self.destroy.argtypes = [c_void_p]
         if not self.prepare():

@@ -8,7 +8,9 @@ Knows the model's parameters and the library's structures; nothing of sequences,
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,13 +19,12 @@ from torch import Tensor
 
 from services.shard.kernels.interface import Logits
 from services.shard.kernels.native import binding
-from services.shard.kernels.native.layout import lay_out
 from services.shard.kernels.quantize import quantize_rows
 from services.shard.kv_cache import KeyValueCache
 from services.shard.large_memory import Arena
 from services.shard.models.architecture import Activation
 from services.shard.models.transformer import Transformer, TransformerLayer
-from services.shard.scheduler import Batch
+from services.shard.scheduler import Batch, Chunk
 
 PANEL = 32
 """Columns of a panel, `kPanel`."""
@@ -33,10 +34,6 @@ SPLIT = 256
 
 _INNER_STEP = 64  # kInnerStep
 _LANES = 16  # kLanes
-_TILE_ROWS = 32
-"""Query rows of a tile of attention, all heads of a group together: enough to fill the products, few enough for the
-caches. No result depends on it."""
-
 _KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 PAGES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 """What keys and values are kept in."""
@@ -80,9 +77,9 @@ class NativeKernels:
         self.name = library.name
         self._library, self._kind, self._page = library, _KINDS[dtype], block_size
         self._vocabulary_size = shape.vocabulary_size
-        self._tile_tokens = max(1, _TILE_ROWS // (shape.head_count // shape.kv_head_count))
         self._kept: list[object] = []
         self._panels = Arena()
+        self._unwanted_rows: dict[int, Tensor] = {}
         self.cache = KeyValueCache(
             shape.layer_count, block_count, block_size, shape.kv_head_count, padded(shape.head_size),
             dtype=PAGES[dtype],
@@ -97,27 +94,41 @@ class NativeKernels:
 
     def forward(self, batch: Batch, wants_logits: Sequence[bool]) -> Logits:
         """See `Kernels.forward`."""
-        rows = lay_out(batch, self._page, self._tile_tokens)
-        drawn = len(rows.drawn_rows)
-        wanted = np.array(wants_logits, dtype=np.uint8)
-        logits = np.empty((drawn, self._vocabulary_size), np.float32)
-        best, finite = np.empty(drawn, np.int32), np.empty(len(rows.token_ids), np.uint8)
-        layout = binding.StepLayout(
-            *(array.ctypes.data for array in (*rows, wanted, logits, best, finite)),
-            rows=len(rows.token_ids),
-            tiles=len(rows.tile_first_row),
-            drawn=drawn,
+        chunks = batch.chunks
+        # The arrays of Python's library are made faster than those of NumPy, and say where they are.
+        shapes = array(
+            "i", [n for each in chunks for n in (each.start, len(each.token_ids), len(each.block_table), each.draws)]
         )
-        self._library.forward(self._stepper, layout)
-        if not finite.all():
-            broken = finite == 0
-            self._invalidate(torch.from_numpy(rows.row_blocks[broken]), torch.from_numpy(rows.positions[broken]))
-        return Logits(torch.from_numpy(logits), best.tolist())
+        token_ids = array("i", chain.from_iterable(chunk.token_ids for chunk in chunks))
+        tables = array("i", chain.from_iterable(chunk.block_table for chunk in chunks))
+        drawn = len(wants_logits)
+        best, finite = array("i", bytes(4 * drawn)), array("B", bytes(len(token_ids)))
+        logits = torch.empty(drawn, self._vocabulary_size) if any(wants_logits) else self._unwanted(drawn)
+        step = binding.Step(
+            chunks=shapes.buffer_info()[0],
+            token_ids=token_ids.buffer_info()[0],
+            tables=tables.buffer_info()[0],
+            wants_logits=bytes(wants_logits),
+            logits=logits.data_ptr(),
+            best=best.buffer_info()[0],
+            finite=finite.buffer_info()[0],
+            chunk_count=len(chunks),
+        )
+        if self._library.forward(self._stepper, step):
+            places = chain.from_iterable(_places(chunk, self._page) for chunk in chunks)
+            self._invalidate([place for place, good in zip(places, finite, strict=True) if not good])
+        return Logits(logits, best.tolist())
 
-    def _invalidate(self, blocks: Tensor, positions: Tensor) -> None:
+    def _unwanted(self, rows: int) -> Tensor:
+        """Logits that nobody reads, and nothing writes: made once per number of rows, which spares a cold call."""
+        if rows not in self._unwanted_rows:
+            self._unwanted_rows[rows] = torch.full((1, 1), torch.nan).expand(rows, self._vocabulary_size)
+        return self._unwanted_rows[rows]
+
+    def _invalidate(self, places: Sequence[tuple[int, int]]) -> None:
         """See `KeyValueCache.invalidate`; a page here keeps groups of elements together."""
         group = 1 if self._kind == 0 else 2
-        blocks, slots = blocks.long(), positions.long() % self._page
+        blocks, slots = torch.tensor(places).unbind(1)
         for keys, values in zip(self.cache.keys, self.cache.values, strict=True):
             heads, head = keys.shape[1:3]
             keys.view(-1, heads, head // group, self._page, group)[blocks, :, :, slots] = torch.nan
@@ -226,3 +237,9 @@ class NativeKernels:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _places(chunk: Chunk, page: int) -> Iterator[tuple[int, int]]:
+    """Block and slot of each token of a chunk."""
+    for position in range(chunk.start, chunk.start + len(chunk.token_ids)):
+        yield chunk.block_table[position // page], position % page

@@ -62,7 +62,8 @@ void* fermata_create(const Model* model, int32_t threads) {
   return stepper;
 }
 
-void fermata_forward(void* stepper, const StepLayout* step) { static_cast<Stepper*>(stepper)->forward(*step); }
+// Computes a step. Returns how many tokens could not be.
+int32_t fermata_forward(void* stepper, const Step* step) { return static_cast<Stepper*>(stepper)->forward(*step); }
 
 void fermata_destroy(void* stepper) { delete static_cast<Stepper*>(stepper); }
 }

@@ -1,4 +1,4 @@
-// What Python hands over: a packed model, and the layout of one step. `binding.py` has the same fields in the same
+// What Python hands over: a packed model, and the chunks of one step. `binding.py` has the same fields in the same
 // order. All pointers stay valid as long as they are used; nothing here owns memory.
 #pragma once
 
@@ -57,23 +57,23 @@ struct Model {
   float embedding_scale;
 };
 
-// Rows are tokens; the rows of a sequence lie side by side in the order of their positions.
-struct StepLayout {
-  const int32_t* token_ids;       // [rows]
-  const int32_t* positions;       // [rows]
-  const int32_t* row_blocks;      // [rows], block that takes the row's key and value
-  const int32_t* tables;          // block tables of all sequences, one behind the other
-  const int32_t* tile_first_row;  // [tiles], query tiles: rows of one sequence
-  const int32_t* tile_row_count;  // [tiles]
-  const int32_t* tile_table;      // [tiles], where the sequence's table begins
-  const int32_t* drawn_rows;      // [drawn], rows whose logits are wanted
-  const uint8_t* wants_logits;    // [drawn], 0 where the best id is enough
-  float* logits;                  // [drawn, vocabulary]
-  int32_t* best;                  // [drawn], id of the largest logit, the lowest such; -1 where one is not finite
-  uint8_t* finite;                // [rows]
-  int32_t rows;
-  int32_t tiles;
-  int32_t drawn;
+// Tokens of one sequence.
+struct Chunk {
+  int32_t start;   // position of the first
+  int32_t tokens;  // at least one
+  int32_t blocks;  // of its table, which covers all positions
+  int32_t draws;   // whether the logits of the last token are wanted
+};
+
+struct Step {
+  const Chunk* chunks;
+  const int32_t* token_ids;     // of all chunks, one behind the other
+  const int32_t* tables;        // likewise
+  const uint8_t* wants_logits;  // [drawn], one for each chunk that draws: 0 where the best id is enough
+  float* logits;                // [drawn, vocabulary]
+  int32_t* best;                // [drawn], id of the largest logit, the lowest such; -1 where one is not finite
+  uint8_t* finite;              // [tokens]: whether a token could be computed
+  int32_t chunk_count;
   int32_t unused;
 };
 }

@@ -4,23 +4,40 @@
 // goes on before it is complete. The residual stream and all sums are float32; what enters a product is rounded to the
 // weights' kind. No bit of a row depends on the other rows (R23).
 //
-// Knows a packed model and a layout of rows; nothing of sequences, and nothing of who decided the layout.
+// Knows a packed model and a layout of rows; nothing of sequences.
 #pragma once
 
 #include <type_traits>
 
 #include "attention.h"
 #include "best.h"
+#include "layout.h"
 #include "model.h"
 #include "team.h"
 
 namespace fermata {
 
+// Brings the beginning of what a thread reads next while it waits for the others, when memory would have nothing to do.
+class Fetch {
+ public:
+  explicit Fetch(const void* source) : next_(static_cast<const char*>(source)), end_(next_ + kMost) {}
+
+  void operator()() {
+    if (next_ == end_) return pause_briefly();
+    prefetch(next_, 0, kAtOnce);
+    next_ += kAtOnce;
+  }
+
+ private:
+  static constexpr long kMost = 256 << 10, kAtOnce = 1024;  // bytes: what the second-level cache can spare; a moment
+  const char *next_, *const end_;
+};
+
 // What Python holds.
 class Stepper {
  public:
   virtual ~Stepper() = default;
-  virtual void forward(const StepLayout& step) = 0;
+  virtual int forward(const Step& step) = 0;  // returns how many tokens could not be computed
 };
 
 template <class Weight>
@@ -37,26 +54,28 @@ class TypedStepper final : public Stepper {
         best_(threads),
         rows_of_threads_(threads),
         rounded_(threads),
-        layouts_(threads),
+        steps_(threads),
         team_(
-            threads, model.layer_count * kMostPhases + kOtherPhases, [this](int thread) { layouts_[thread] = layout_; },
+            threads, model.layer_count * kMostPhases + kOtherPhases, [this](int thread) { steps_[thread] = rows_; },
             [this](Worker& worker) { run(worker); }) {}
 
-  void forward(const StepLayout& step) override {
+  int forward(const Step& step) override {
     team_.run([&] {
-      layout_ = step;
-      reserve(step);
+      rows_ = layout_.lay_out(step, model_.page, std::max(1, kTileRows / group_));
+      reserve(rows_);
       ++step_;
     });
+    return static_cast<int>(std::count(rows_.finite, rows_.finite + rows_.rows, 0));
   }
 
  private:
   static constexpr int kMostPhases = 12, kOtherPhases = 8;  // of a layer; around the layers
+  static constexpr int kTileRows = 32;                      // rows of a query tile, all heads of a group together
   static constexpr int kRows = 32;                          // rows that meet a panel at a time
   static constexpr long kFollowing = 4096;          // bytes of the next matrix that are asked for before its phase
   static constexpr size_t kOperandBytes = 1 << 20;  // rows of an operand that stay in the second-level cache
 
-  void reserve(const StepLayout& step) {
+  void reserve(const Rows& step) {
     const int rows = step.rows;
     hidden_.reserve(static_cast<size_t>(rows) * hidden_stride_);
     output_.reserve(static_cast<size_t>(rows) * hidden_stride_);
@@ -78,7 +97,7 @@ class TypedStepper final : public Stepper {
 
   // What every thread does in a step.
   void run(Worker& worker) {
-    const StepLayout& step = layouts_[worker.thread];
+    const Rows& step = steps_[worker.thread];
     embed(worker, step);
     for (int index = 0; index < model_.layer_count; ++index) run_layer(worker, step, index);
     finish(worker, step);
@@ -91,7 +110,7 @@ class TypedStepper final : public Stepper {
   float* hidden(int row) const { return hidden_.data() + static_cast<size_t>(row) * hidden_stride_; }
   float* output(int row) const { return output_.data() + static_cast<size_t>(row) * hidden_stride_; }
 
-  void embed(Worker& worker, const StepLayout& step) {
+  void embed(Worker& worker, const Rows& step) {
     team_.phase(worker, step.rows, [&](int row) {
       const size_t place = static_cast<size_t>(step.token_ids[row]) * model_.hidden;
       float* const target = hidden(row);
@@ -107,10 +126,12 @@ class TypedStepper final : public Stepper {
     });
   }
 
-  void run_layer(Worker& worker, const StepLayout& step, int index) {
+  void run_layer(Worker& worker, const Rows& step, int index) {
     const Layer& layer = model_.layers[index];
     const int rows = step.rows;
-    team_.phase(worker, rows, [&](int row) { put_normed(worker, normed_, row, row, layer.attention_norm); });
+    team_.phase(
+        worker, rows, [&](int row) { put_normed(worker, normed_, row, row, layer.attention_norm); },
+        Fetch(own_panels(worker, layer.query_key_value)));
     const int width = layer.query_key_value.panel_count * kPanel;
     multiply_rows_by(worker, normed_, rows, layer.query_key_value, &layer.output,
                      [&](int row, int column, Floats left, Floats right) {
@@ -118,15 +139,21 @@ class TypedStepper final : public Stepper {
                        store(target, left);
                        store(target + kLanes, right);
                      });
-    team_.phase(worker, rows, [&](int row) { place_row(worker, step, layer, row); });
-    team_.phase(worker, step.tiles * model_.kv_heads,
-                [&](int item) { attend_tile(worker, step, layer, item / model_.kv_heads, item % model_.kv_heads); });
+    team_.phase(
+        worker, rows, [&](int row) { place_row(worker, step, layer, row); }, Fetch(own_panels(worker, layer.output)));
+    team_.phase(
+        worker, step.tiles * model_.kv_heads,
+        [&](int item) { attend_tile(worker, step, layer, item / model_.kv_heads, item % model_.kv_heads); },
+        Fetch(own_panels(worker, layer.output)));
     complete(worker, mixed_, rows, model_.heads * model_.head_size);
     add_product(worker, mixed_, rows, layer.output, &layer.gate_up, layer.post_attention_norm);
-    team_.phase(worker, rows, [&](int row) {
-      add_post_normed(worker, row, layer.post_attention_norm);
-      put_normed(worker, normed_, row, row, layer.feed_forward_norm);
-    });
+    team_.phase(
+        worker, rows,
+        [&](int row) {
+          add_post_normed(worker, row, layer.post_attention_norm);
+          put_normed(worker, normed_, row, row, layer.feed_forward_norm);
+        },
+        Fetch(own_panels(worker, layer.gate_up)));
     multiply_rows_by(worker, normed_, rows, layer.gate_up, &layer.down,
                      [&](int row, int column, Floats gate, Floats up) {
                        put_wide(gated_, row, column / 2, (model_.activation == 0 ? silu(gate) : gelu_tanh(gate)) * up);
@@ -185,9 +212,13 @@ class TypedStepper final : public Stepper {
         for (int row = 0; row < count; ++row)
           take(first + row, column, load(sums + row * kPanel) + left, load(sums + row * kPanel + kLanes) + right);
       }
-      if (item + 1 == own_end && following != nullptr)
-        prefetch(panel_of<Weight>(*following, team_.begin_of(worker.thread, following->panel_count)), 0, kFollowing);
+      if (item + 1 == own_end && following != nullptr) prefetch(own_panels(worker, *following), 0, kFollowing);
     });
+  }
+
+  // Where the panels of a thread begin.
+  const void* own_panels(const Worker& worker, const Linear& linear) const {
+    return panel_of<Weight>(linear, team_.begin_of(worker.thread, linear.panel_count));
   }
 
   // Adds a product to the residual stream, or puts it aside for a norm.
@@ -227,7 +258,7 @@ class TypedStepper final : public Stepper {
   }
 
   // Turns the heads of a row and puts queries in order, keys and values into their page.
-  void place_row(Worker& worker, const StepLayout& step, const Layer& layer, int row) {
+  void place_row(Worker& worker, const Rows& step, const Layer& layer, int row) {
     const int size = model_.head_size, page = model_.page, position = step.positions[row], slot = position % page;
     const float* const cosine = layer.rotation + static_cast<size_t>(position) * size;
     const float* const sine = cosine + size / 2;
@@ -274,7 +305,7 @@ class TypedStepper final : public Stepper {
   }
 
   // Queries of one key-value head lie row by row, so that those of a tile are a matrix.
-  Element* query(const StepLayout& step, int kv_head, int row) const {
+  Element* query(const Rows& step, int kv_head, int row) const {
     return queries_.data() + (static_cast<size_t>(kv_head) * step.rows + row) * group_ * head_;
   }
 
@@ -282,7 +313,7 @@ class TypedStepper final : public Stepper {
     return (static_cast<size_t>(block) * model_.kv_heads + kv_head) * head_ * model_.page;
   }
 
-  void attend_tile(Worker& worker, const StepLayout& step, const Layer& layer, int tile, int kv_head) {
+  void attend_tile(Worker& worker, const Rows& step, const Layer& layer, int tile, int kv_head) {
     const int first = step.tile_first_row[tile], rows = step.tile_row_count[tile] * group_, size = model_.head_size;
     auto& scratch = scratch_[worker.thread];
     const size_t place = page_place(0, kv_head);
@@ -300,7 +331,7 @@ class TypedStepper final : public Stepper {
   }
 
   // The final norm, the head, and the best id of each row.
-  void finish(Worker& worker, const StepLayout& step) {
+  void finish(Worker& worker, const Rows& step) {
     team_.phase(worker, step.rows, [&](int row) {
       Floats wrong{};
       for (int column = 0; column < model_.hidden; column += kLanes) {
@@ -330,7 +361,7 @@ class TypedStepper final : public Stepper {
     });
   }
 
-  void put_logits(const StepLayout& step, int row, int column, Floats left, Floats right) const {
+  void put_logits(const Rows& step, int row, int column, Floats left, Floats right) const {
     alignas(64) float values[kPanel];
     store(values, left);
     store(values + kLanes, right);
@@ -342,7 +373,8 @@ class TypedStepper final : public Stepper {
   const int group_, head_, hidden_stride_;
   int wide_stride_ = 0;
   long step_ = 0;
-  StepLayout layout_{};
+  Layout layout_;
+  Rows rows_{};
   Buffer<float> hidden_, output_, projected_, wide_;
   Buffer<Element> queries_;
   Operand<Weight> normed_, mixed_, gated_;
@@ -350,8 +382,8 @@ class TypedStepper final : public Stepper {
   std::vector<Best> best_;
   std::vector<Buffer<float>> rows_of_threads_;
   std::vector<Buffer<Element>> rounded_;
-  std::vector<StepLayout> layouts_;  // of each thread: a late one still has that of its own step
-  Team team_;                        // last: its threads end before what they use
+  std::vector<Rows> steps_;  // of each thread: a late one still has those of its own step
+  Team team_;                // last: its threads end before what they use
 };
 
 }  // namespace fermata

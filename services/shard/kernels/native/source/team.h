@@ -47,6 +47,11 @@ inline int64_t ticks() {
 #endif
 }
 
+// What a thread does again and again while it waits.
+struct Pause {
+  void operator()() const { pause_briefly(); }
+};
+
 // When a thread gives way next. What others may take in its turns is paid from an allowance that grows with time.
 class alignas(64) Turn {
  public:
@@ -123,9 +128,9 @@ class Team {
   }
 
   // Calls `item(index)` for 0 <= index < count, shared among the threads; all of them call this with the same count.
-  // Returns when all items are done.
-  template <class Item>
-  void phase(Worker& worker, int count, const Item& item) {
+  // Returns when all items are done. For the first moment of waiting it calls `wait()`, which must be short.
+  template <class Item, class Wait = Pause>
+  void phase(Worker& worker, int count, const Item& item, Wait wait = {}) {
     const int number = worker.phase++;
     uint32_t finished = 0;
     for (int turn = 0; turn < size_; ++turn) {
@@ -142,7 +147,7 @@ class Team {
     }
     if (finished > 0) add(done_[number], worker.step, finished);
     for (int spins = 0; !is_done(done_[number], worker.step, count); ++spins)
-      spins < kSpins ? pause_briefly() : static_cast<void>(sched_yield());
+      spins < kSpins ? wait() : static_cast<void>(sched_yield());
   }
 
  private:
