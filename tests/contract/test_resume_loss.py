@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import threading
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpc import aio
 from fermata.v1 import common_pb2
 from fermata.v1 import generation_pb2 as pb
 from fermata.v1.generation_pb2_grpc import GenerationServiceStub
+from services.common import failpoints
 from tests.contract.raw_reader import Choice, RawReader
 from tests.contract.requests import (
     eventually,
@@ -46,6 +48,13 @@ async def parked(house: House) -> tuple[pb.GenerationName, list[int], pb.Generat
     assert 10 <= len(log) < LENGTH - 20
     assert log == expected.choices[0].token_ids[: len(log)]
     return reader.name, log, expected
+
+
+def held(after: int) -> threading.Event:
+    """Lets the shard stand still after so many steps, until the event is set."""
+    event = threading.Event()
+    failpoints.on("shard.step.before_publish", functools.partial(event.wait, 30), count=after)
+    return event
 
 
 def tail(token_ids: list[int], first_offset: int) -> common_pb2.Tail:
@@ -207,12 +216,19 @@ async def test_servers_that_die_under_a_reader(house: House) -> None:
     reader = RawReader(house.address, request=own_ids(request))
     reading = asyncio.create_task(reader.read())
     await eventually(lambda: total(reader) >= 20)
+    first = held(after=1)  # a generation that ends while servers come and go would not be interrupted
     await house.drop_tokenizer(0)
-    await eventually(lambda: len(reader.spoke) == 2 and total(reader) >= 100)
+    await eventually(lambda: len(reader.spoke) == 2)
+    second = held(after=30)
+    first.set()
+    await eventually(lambda: total(reader) >= 100)
     await house.drop_owner()
     await house.start_tokenizer(0)
+    third = held(after=40)
+    second.set()
     await eventually(lambda: total(reader) >= 180)
     await house.drop_tokenizer(1)
+    third.set()
     same(await reading, expected)
     homes = [f"127.0.0.1:{house.ports[f'tokenizer {index}']}" for index in (0, 1, 0)]
     assert [address for address, _ in itertools.groupby(reader.spoke)] == homes
