@@ -6,7 +6,7 @@ Knows links and generations; not readers, logs or stores.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from services.common.directory import Directory
 from services.common.errors import FingerprintMismatch, NoShard
@@ -149,11 +149,17 @@ class Admissions:
             self.end(generation, choice)
         generation.link = None
 
-    def renew_grants(self, generation: Generation) -> None:
-        """Lets the shard run on while somebody wants the tokens."""
-        if generation.link is not None:
-            for attempt, count in generation.renewed_grants(self._window):
-                generation.link.grant(attempt, count)
+    def renew_grants(self, generations: Collection[Generation]) -> None:
+        """Lets shards run on while somebody wants the tokens.
+
+        When one of these generations needs a grant the others get theirs along with it, though they could do without:
+        sequences that run together would otherwise need a message in every step, each for a few of them.
+        """
+        if any(generation.needs_grants(self._window) for generation in generations):
+            for generation in generations:
+                if generation.link is not None:
+                    for attempt, count in generation.renewed_grants(self._window):
+                        generation.link.grant(attempt, count)
 
     def trace(self, generation_ids: Iterable[str]) -> None:
         """Has the steps of generations handed to the collector of spans, by whichever shard remembers them."""

@@ -165,14 +165,23 @@ class Generation:
             return False
         return sequence.ending_stored or (cut_off and not self.spec.committed)
 
+    def needs_grants(self, window: int) -> bool:
+        """Half of a grant is used, and somebody wants more tokens (R6, R11)."""
+        half = window // 2
+        for sequence in self.sequences:
+            used = sequence.granted - sequence.count <= half  # asked first: it is false for nearly every token
+            if used and sequence.ending is None and sequence.choice in self.attempts:
+                return self.wanted
+        return False
+
     def renewed_grants(self, window: int) -> list[tuple[int, int]]:
-        """The grants to renew now as (attempt, count): at half of the window, while somebody wants tokens (R6, R11)."""
+        """All grants of which something is used, whole again, as (attempt, count); none while nobody wants tokens."""
         if not self.wanted:
             return []
         renewed = []
         for sequence in self.running():
             attempt = self.attempts.get(sequence.choice)
-            if attempt is not None and sequence.granted - sequence.count <= window // 2:
+            if attempt is not None and sequence.granted - sequence.count < window:
                 sequence.granted = sequence.count + window
                 renewed.append((attempt, sequence.granted))
         return renewed

@@ -22,7 +22,7 @@ from services.orchestrator.sessions import SessionStore
 log = logging.getLogger(__name__)
 
 APPEND_INTERVAL = 0.02
-"""Seconds that tokens may wait for others (R15)."""
+"""Seconds from one write to the next, for which tokens may wait for others (R15)."""
 APPEND_TOKENS = 8
 """Tokens of one choice that are written without waiting (R15)."""
 _FIRST_RETRY, _LAST_RETRY = 0.1, 1.0
@@ -91,14 +91,17 @@ class LogWriter:
     async def run(self) -> None:
         """Writes until cancelled."""
         delay = _FIRST_RETRY
+        now = asyncio.get_running_loop().time
+        begun = now() - APPEND_INTERVAL
         while True:
             await self._wake.wait()
-            if not self._urgent.is_set():
+            if not self._urgent.is_set() and now() < begun + APPEND_INTERVAL:
                 try:
-                    async with asyncio.timeout(APPEND_INTERVAL):
+                    async with asyncio.timeout_at(begun + APPEND_INTERVAL):
                         await self._urgent.wait()
                 except TimeoutError:
                     pass
+            begun = now()
             self._wake.clear()
             self._urgent.clear()
             if await self._flush():

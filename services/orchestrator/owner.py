@@ -210,7 +210,7 @@ class Owner:
         if matched.grown:
             self.admissions.release(generation)
         self.admit(generation)
-        self.admissions.renew_grants(generation)
+        self.admissions.renew_grants([generation])
 
     def detach(self, stream: ReadStream, number: int) -> None:
         """A reader left."""
@@ -259,6 +259,7 @@ class Owner:
     def on_steps(self, link: ShardLink, response: shard_pb2.LinkResponse, arrived_ns: int) -> None:
         """Appends the tokens of one message to their logs and wakes readers and writer."""
         touched: dict[int, Generation] = {}
+        grown: list[tuple[Generation, Sequence]] = []
         for step in response.steps:
             moments = step_moments(step, shard=link.process_id, sent_ns=response.departed_ns, arrived_ns=arrived_ns)
             failpoints.hit("orchestrator.step")
@@ -287,12 +288,14 @@ class Owner:
                 )
                 if ending is not None:
                     self.admissions.end(generation, sequence.choice)
-                self.writer.mark(generation, sequence)
+                grown.append((generation, sequence))
                 touched[id(generation)] = generation
+        self.admissions.renew_grants(touched.values())
         for generation in touched.values():
-            self.admissions.renew_grants(generation)
             if not generation.spec.committed:
                 self._mark_readers(generation)
+        for generation, sequence in grown:  # who is woken first goes first, and readers do not wait for the store
+            self.writer.mark(generation, sequence)
 
     def on_ended(self, link: ShardLink, attempt: int, error: FermataError) -> None:
         """An admission failed by itself: this choice alone ends, unless it is only wanted elsewhere."""

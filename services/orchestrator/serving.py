@@ -6,6 +6,7 @@ Knows how the parts are put together; `service.py` serves.
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 
 from fermata.v1.telemetry_pb2_grpc import add_TelemetryServiceServicer_to_server
@@ -88,6 +89,7 @@ async def serve(config: OrchestratorConfig, host: process.Host, shards: Director
     service = orchestrator.service
     async with asyncio.TaskGroup() as group:
         await service.start(group)
+        gc.freeze()  # the vocabulary stays for ever; no collection needs to walk over it
         serving = process.Serving((orchestrator.port,), service.load)
         await process.run(orchestrator.server, serving, host, on_stop=service.drain)
         await orchestrator.close()

@@ -57,6 +57,7 @@ class FakeShard(ShardServiceServicer):
         silent: says nothing any more, as a stopped process.
         fail_at: output count at which every admission ends with this error; with `Draining` it says that, too.
         admits, releases: what it was told.
+        grants: the attempts of each message that had some.
         admitted: admissions that run now, by attempt.
     """
 
@@ -67,6 +68,7 @@ class FakeShard(ShardServiceServicer):
     address: str = ""
     admits: list[shard_pb2.Admit] = field(default_factory=list)
     releases: list[int] = field(default_factory=list)
+    grants: list[list[int]] = field(default_factory=list)
     admitted: dict[int, Running] = field(default_factory=dict)
 
     async def start(self, port: int = 0) -> None:
@@ -122,6 +124,8 @@ class FakeShard(ShardServiceServicer):
                 self.admits.append(admit)
                 mine[admit.attempt] = Running(admit, unpack_ids(admit.token_ids), admit.grant)
                 self.admitted[admit.attempt] = mine[admit.attempt]
+            if request.HasField("grants"):
+                self.grants.append(list(request.grants.attempts))
             for attempt, count in zip(request.grants.attempts, request.grants.counts, strict=True):
                 if attempt in mine:
                     mine[attempt].grant = count

@@ -86,16 +86,22 @@ def test_a_choice_that_does_not_exist() -> None:
     assert caught.value.violations[0].field == "cursors[0].choice"
 
 
-def test_grants_are_renewed_at_half_of_the_window_while_somebody_reads() -> None:
+def test_grants_are_needed_at_half_of_the_window_while_somebody_reads() -> None:
     made = generation(detach=True)
-    made.attempts[0] = 9
     made.sequences[0].granted = 21
+    made.sequences[0].append(1)
+    assert not made.needs_grants(32)  # nothing runs that could use it
+    made.attempts[0] = 9
+    assert made.needs_grants(32)
+    assert made.renewed_grants(32) == [(9, 5 + 32)]
+    assert not made.needs_grants(32)
     assert made.renewed_grants(32) == []
     made.sequences[0].append(1)
-    assert made.renewed_grants(32) == [(9, 5 + 32)]
-    assert made.renewed_grants(32) == []
+    assert not made.needs_grants(32)
+    assert made.renewed_grants(32) == [(9, 6 + 32)]  # along with that of another generation
     unread = generation()
     unread.attempts[0] = 9
+    assert not unread.needs_grants(32)
     assert unread.renewed_grants(32) == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from fermata.running_hash import hash_ids
 from fermata.v1 import common_pb2, generation_pb2
 from services.common.errors import (
@@ -89,6 +91,33 @@ async def test_grants_bound_what_is_computed_ahead_without_a_reader(house: House
     assert running.count == 32  # the first grant, and no more (R6, R11)
     reading = await read_all(orchestrator, name)
     assert reading.ids[0] == EXPECTED[:200]
+
+
+async def test_one_message_renews_the_grants_of_all_who_run_together(house: House) -> None:
+    house.shard.pace = 0.002
+    orchestrator = await house.orchestrator()
+    first = await Reading(orchestrator, await open_generation(orchestrator, max_tokens=200)).start()
+    await first.until(5)  # the second one's half comes at another step
+    second = await Reading(orchestrator, await open_generation(orchestrator, max_tokens=200)).start()
+    await asyncio.gather(first.until(), second.until())
+    together = [attempts for attempts in house.shard.grants if len(attempts) == 2]
+    assert len(together) >= 8
+    assert len(house.shard.grants) <= 16  # 24 when each comes by itself
+
+
+async def test_what_comes_after_silence_is_stored_at_once_and_the_rest_in_groups(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.orchestrator.log_writer.APPEND_INTERVAL", 60.0)
+    house.shard.pace = 0.05
+    orchestrator = await house.orchestrator()
+    reading = await Reading(orchestrator, await open_generation(orchestrator, max_tokens=20)).start()
+    reader = asyncio.create_task(reading.until())
+    stored = []
+    while not reader.done():
+        stored.append((await orchestrator.stub.Identify(pb.IdentifyRequest())).stored_tokens)
+        await asyncio.sleep(0.005)
+    assert [count for count in (1, 9, 17) if count in stored] == [1, 9, 17]  # then whenever 8 of them wait (R15)
 
 
 async def test_an_unread_generation_is_parked_and_goes_on_with_the_next_reader(house: House) -> None:
