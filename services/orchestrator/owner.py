@@ -258,7 +258,6 @@ class Owner:
 
     def on_steps(self, link: ShardLink, response: shard_pb2.LinkResponse, arrived_ns: int) -> None:
         """Appends the tokens of one message to their logs and wakes readers and writer."""
-        touched: dict[int, Generation] = {}
         grown: list[tuple[Generation, Sequence]] = []
         for step in response.steps:
             moments = step_moments(step, shard=link.process_id, sent_ns=response.departed_ns, arrived_ns=arrived_ns)
@@ -289,9 +288,9 @@ class Owner:
                 if ending is not None:
                     self.admissions.end(generation, sequence.choice)
                 grown.append((generation, sequence))
-                touched[id(generation)] = generation
-        self.admissions.renew_grants(touched.values())
-        for generation in touched.values():
+        generations = dict.fromkeys(generation for generation, _ in grown)
+        self.admissions.renew_grants(generations)
+        for generation in generations:
             if not generation.spec.committed:
                 self._mark_readers(generation)
         for generation, sequence in grown:  # who is woken first goes first, and readers do not wait for the store

@@ -94,7 +94,7 @@ async def test_grants_bound_what_is_computed_ahead_without_a_reader(house: House
 
 
 async def test_one_message_renews_the_grants_of_all_who_run_together(house: House) -> None:
-    house.shard.pace = 0.002
+    house.shard.pace = 0.005
     orchestrator = await house.orchestrator()
     first = await Reading(orchestrator, await open_generation(orchestrator, max_tokens=200)).start()
     await first.until(5)  # the second one's half comes at another step
@@ -109,7 +109,7 @@ async def test_what_comes_after_silence_is_stored_at_once_and_the_rest_in_groups
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.orchestrator.log_writer.APPEND_INTERVAL", 60.0)
-    house.shard.pace = 0.05
+    house.shard.pace = 0.1
     orchestrator = await house.orchestrator()
     reading = await Reading(orchestrator, await open_generation(orchestrator, max_tokens=20)).start()
     reader = asyncio.create_task(reading.until())
